@@ -1,0 +1,129 @@
+"""The only place that publishes files: write privately, fsync, rename, fsync the folder.
+
+A reader therefore never sees half a file, also after a power cut.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from storage.errors import DamagedError, DiskError
+
+_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "file-size limit"}
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path, needed_bytes: int = 0) -> Iterator[None]:
+    """Turn the operating system's "no room" and "not allowed" into a `DiskError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            free = shutil.disk_usage(nearest_existing(path)).free
+            raise DiskError(
+                f"cannot write {path}: {_FULL[error.errno]} ({free / 1e6:,.0f} MB free there"
+                + (f", {needed_bytes / 1e6:,.0f} MB needed" if needed_bytes else "")
+                + "); finished work is safe: make room, then give the same command again"
+            ) from error
+        if error.errno in _DENIED:
+            raise DiskError(f"cannot write {path}: {os.strerror(error.errno)}; choose another folder") from error
+        raise
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself or its nearest parent that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def private_name(path: Path) -> Path:
+    """A name beside `path` that no other writer uses; `.partial` files are never read."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+
+
+def write_private(path: Path, *chunks: bytes) -> None:
+    """Write and fsync a file that is not published yet."""
+    with disk_errors(path, sum(len(chunk) for chunk in chunks)), open(path, "wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def publish(private: Path, path: Path) -> None:
+    """Give a finished, fsynced file its final name, replacing an earlier one."""
+    with disk_errors(path):
+        os.replace(private, path)
+        fsync_folder(path.parent)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Create or replace a file in one step."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    private = private_name(path)
+    try:
+        write_private(private, data)
+        publish(private, path)
+    finally:
+        private.unlink(missing_ok=True)
+
+
+def create_file(path: Path, data: bytes) -> bool:
+    """Create a file; False, and nothing changed, when it exists already. The first writer wins."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    private = private_name(path)
+    try:
+        write_private(private, data)
+        try:
+            with disk_errors(path):
+                os.link(private, path)
+        except FileExistsError:
+            return False
+        fsync_folder(path.parent)
+        return True
+    finally:
+        private.unlink(missing_ok=True)
+
+
+def to_json_bytes(value: Any) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_file(path, to_json_bytes(value))
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON that this program wrote.
+
+    Raises:
+        DamagedError: the file is not JSON any more.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DamagedError(f"{path} is not readable as JSON ({error}); delete it and give the command again") from error
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder whose content nobody needs any more; missing is fine."""
+    shutil.rmtree(folder, ignore_errors=True)

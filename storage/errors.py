@@ -1,0 +1,58 @@
+"""The exceptions a user can meet.
+
+    DecantError                 exit code
+    +-- ConfigError             2   an option, a name, a combination of settings
+    +-- InputError              2   data or weights that are missing or unusable
+    +-- DiskError               2   disk full, read-only, no permission
+    +-- QuarantineError         3   finished, but some jobs were given up
+    +-- StoreBusyError          4   another process is writing here
+    +-- DamagedError            6   bytes on disk are not what was committed
+    BadImageError                   one image cannot be used; caught, counted and listed by the stages
+
+Every message says what was found, what was expected, where, and what to do.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class DecantError(Exception):
+    """Base of everything that is reported as one line instead of a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(DecantError, ValueError):
+    exit_code = 2
+
+
+class InputError(DecantError):
+    exit_code = 2
+
+
+class DiskError(DecantError):
+    exit_code = 2
+
+
+class QuarantineError(DecantError):
+    exit_code = 3
+
+
+class StoreBusyError(DecantError):
+    exit_code = 4
+
+
+class DamagedError(DecantError):
+    exit_code = 6
+
+
+class BadImageError(Exception):
+    """One image cannot be decoded; `str(error)` is the reason."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+    """The error for a name that is not in a table; offers the nearest ones."""
+    choices = sorted(known)
+    near = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known: {', '.join(choices)}"
+    return ConfigError(f"unknown {kind} {name!r}; {hint}")

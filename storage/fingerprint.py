@@ -1,0 +1,41 @@
+"""Content hashes. Nothing that differs between machines (paths, times, host names) may go into one."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+FINGERPRINT_CHARS = 32
+"""128 bits in hex: no two contents will ever share one by accident."""
+
+
+def digest_bytes(data: bytes | memoryview) -> str:
+    return blake3(data).hexdigest()[:FINGERPRINT_CHARS]
+
+
+def digest_parts(parts: Iterable[bytes]) -> str:
+    """Digest of a sequence of byte strings; the boundaries count."""
+    hasher = blake3()
+    for part in parts:
+        hasher.update(len(part).to_bytes(8, "little"))
+        hasher.update(part)
+    return hasher.hexdigest()[:FINGERPRINT_CHARS]
+
+
+def digest_json(value: Any) -> str:
+    """Digest of canonical JSON: sorted keys, no spaces, no NaN."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+    return digest_bytes(text.encode())
+
+
+def digest_file(path: Path) -> str:
+    hasher = blake3(max_threads=blake3.AUTO)
+    hasher.update_mmap(path)
+    return hasher.hexdigest()[:FINGERPRINT_CHARS]
+
+
+def short(fingerprint: str) -> str:
+    """The few characters that people read and folders carry."""
+    return fingerprint[:10]

@@ -1,0 +1,146 @@
+"""The nouns of the store: views, tokens, shards, plan and manifest.
+
+Letters in names: B batch, R records, T tokens (prefix tokens such as CLS first, then the grid row by row), C channels,
+H and W pixels, N images, K views an image.
+"""
+
+from typing import Any, Literal, NamedTuple, NewType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.fingerprint import digest_json
+from storage.schema import Schema
+from storage.views import View
+
+FORMAT_VERSION = 1
+"""Of the store's layout on disk; a reader refuses a newer one."""
+
+ImageKey = NewType("ImageKey", str)
+"""Names an image inside its data set; never an index."""
+
+
+class FeatureSpec(Schema):
+    """The shape of one view's tokens."""
+
+    teacher: str
+    num_prefix_tokens: int
+    """CLS and registers, in front of the grid."""
+    grid_hw: tuple[int, int]
+    channels: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prefix_tokens + self.grid_hw[0] * self.grid_hw[1]
+
+    @property
+    def shape_TC(self) -> tuple[int, int]:
+        return self.num_tokens, self.channels
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one view's tokens as fp16."""
+        return 2 * self.num_tokens * self.channels
+
+
+class FeatureRecord(NamedTuple):
+    """The whitened tokens of one view; `tokens_TC * std + mean` are the teacher's own."""
+
+    key: ImageKey
+    view_index: int
+    view: View
+    tokens_TC: NDArray[np.float16]
+    token_mean_T: NDArray[np.float32]
+    token_std_T: NDArray[np.float32]
+
+
+class BadImage(Schema):
+    """An image that could not be used; its records are holes."""
+
+    key: str
+    reason: str
+
+
+class FileEntry(Schema):
+    """One committed file of a shard."""
+
+    name: str
+    """Path inside the store."""
+    num_bytes: int
+    digest: str
+
+
+class ShardEntry(Schema):
+    """The receipt of a committed shard. A shard exists if and only if its receipt does and its files match it."""
+
+    index: int
+    num_images: int
+    num_records: int
+    """Records that hold tokens; holes are not counted."""
+    files: tuple[FileEntry, ...]
+    bad_images: tuple[BadImage, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.num_bytes for file in self.files)
+
+
+class StorePlan(Schema):
+    """Everything that decides the content of a store, known before any work and never edited."""
+
+    format_version: int = FORMAT_VERSION
+    backend: Literal["zarr"] = "zarr"
+    features: FeatureSpec
+    whitening: dict[str, Any]
+    codec: dict[str, Any] = {"name": "fp16"}
+    sampler: dict[str, Any]
+    renderer: dict[str, Any]
+    images_fingerprint: str
+    """Over the ordered keys and the bytes of the images."""
+    teacher_fingerprint: str
+    """Over the weights' tensors."""
+    teacher: dict[str, Any]
+    """The teacher's row of data: tap point, input size, normalisation."""
+    num_images: int
+    views_per_image: int
+    images_per_shard: int
+
+    @property
+    def num_records(self) -> int:
+        return self.num_images * self.views_per_image
+
+    @property
+    def records_per_shard(self) -> int:
+        return self.images_per_shard * self.views_per_image
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_images // self.images_per_shard)
+
+    @property
+    def fingerprint(self) -> str:
+        return digest_json(self.to_json())
+
+    def images_of_shard(self, index: int) -> range:
+        """Positions, in the store's image list, of the images of one shard."""
+        first = index * self.images_per_shard
+        return range(first, min(first + self.images_per_shard, self.num_images))
+
+
+class StoreManifest(Schema):
+    """Written last: a folder without it is not a store yet."""
+
+    plan: StorePlan
+    shards: tuple[ShardEntry, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.plan.fingerprint
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(shard.num_bytes for shard in self.shards)
+
+    @property
+    def bad_images(self) -> tuple[BadImage, ...]:
+        return tuple(bad for shard in self.shards for bad in shard.bad_images)

@@ -1,0 +1,57 @@
+"""Frozen, checked records that are equal to their JSON: configurations, manifests, results."""
+
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from storage.errors import ConfigError, DamagedError
+
+
+class Schema(BaseModel):
+    """A frozen record. Unknown keys, NaN and infinity are refused; a field's docstring is its help text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    not_identity: ClassVar[frozenset[str]] = frozenset()
+    """Fields that say how or where to work and cannot change a result; left out of fingerprints."""
+
+    def identity(self) -> dict[str, Any]:
+        """The JSON of everything that can change a result."""
+        return self.model_dump(mode="json", exclude=set(self.not_identity))
+
+    def to_json(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_file(cls, path: Path, text: bytes) -> Self:
+        """Parse a file that this program wrote earlier.
+
+        Raises:
+            DamagedError: it is not what was written.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise DamagedError(f"{path} is not a valid {cls.__name__}: {first_problem(error)}") from error
+
+    @classmethod
+    def checked(cls, values: Any, where: str) -> Self:
+        """Build from plain values given by a user.
+
+        Raises:
+            ConfigError: names the setting, the value and what was expected.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(f"{where}: {first_problem(error)}") from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """One line for the first thing that pydantic did not like."""
+    problem = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in problem["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    found = "" if problem["type"] in ("missing", "extra_forbidden") else f", found {problem['input']!r:.80}"
+    return f"{field or 'value'}: {problem['msg']}{found}{more}"

@@ -1,0 +1,83 @@
+"""What every stage returns, and how it tells the outside how far it is."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+from storage.schema import Schema
+
+
+class StageResult(Schema):
+    """What a finished stage wrote, as `result.json`; its presence means that the stage is done."""
+
+    stage: str
+    fingerprint: str
+    """Of the stage's version, settings and inputs."""
+    inputs: dict[str, str]
+    """Upstream stage to its fingerprint."""
+    config: dict[str, Any]
+    metrics: dict[str, Any]
+    """Measured in this run; plain JSON."""
+    seconds: float
+    """Wall clock of the run that finished it, in seconds."""
+    command: str
+    code_version: str
+    machine: dict[str, Any]
+
+
+class Progress(Protocol):
+    """Where a stage reports its progress; the command line draws it, tests ignore it."""
+
+    def start(self, total: int, unit: str, done: int = 0) -> None: ...
+    def advance(self, amount: int, **facts: object) -> None: ...
+    def say(self, message: str) -> None: ...
+
+
+class SilentProgress:
+    """Reports nothing."""
+
+    def start(self, total: int, unit: str, done: int = 0) -> None: ...
+    def advance(self, amount: int, **facts: object) -> None: ...
+    def say(self, message: str) -> None: ...
+
+
+class Interrupted(Exception):
+    """A stage stopped at a safe point because it was asked to; everything up to there is kept."""
+
+
+class StopRequest:
+    """Set by the first SIGINT or SIGTERM; long loops look at it between steps."""
+
+    def __init__(self) -> None:
+        self.signal_name = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.signal_name)
+
+    def check(self) -> None:
+        """Raise `Interrupted` when a stop was asked for."""
+        if self:
+            raise Interrupted(self.signal_name)
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """The first Ctrl-C or SIGTERM asks for a stop at the next safe point, the second stops at once."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def ask(number: int, frame: object) -> None:
+        if request:
+            raise KeyboardInterrupt
+        request.signal_name = signal.Signals(number).name
+
+    previous: Mapping[int, Any] = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
