@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from storage.errors import BadImageError, DamagedError, InputError
 
@@ -218,5 +218,7 @@ def decode_image(data: bytes) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         raise BadImageError(str(error)) from error
+    except UnidentifiedImageError as error:  # its own text holds a memory address: not the same in two runs
+        raise BadImageError("not an image of a known kind") from error
     except Exception as error:  # Pillow's plugins raise almost anything on damaged files
         raise BadImageError(f"cannot be decoded: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error

@@ -1,0 +1,109 @@
+"""Checkpoints: tensors as safetensors, then a small JSON with their digest that makes the checkpoint exist.
+
+The newest valid one wins; a damaged one is passed over, loudly. Nothing is ever unpickled.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from distill.optim import load_optimizer_tensors, optimizer_tensors
+from storage.atomic import private_name, publish, to_json_bytes, write_file, write_private
+from storage.errors import DamagedError
+from storage.fingerprint import digest_bytes, digest_file
+from storage.schema import Schema
+
+KEEP = 2
+
+
+class CheckpointHead(Schema):
+    """The commit of a checkpoint."""
+
+    step: int
+    run_digest: str
+    """Of everything that must be the same to go on: settings and inputs."""
+    digest: str
+    facts: dict[str, Any]
+
+
+class Checkpoint(NamedTuple):
+    step: int
+    facts: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+
+def save_checkpoint(
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, run_digest: str, facts: Mapping[str, Any]
+) -> None:
+    """Save the state after `step` steps and drop all but the newest two."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors(optimizer)}
+    data = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    path = folder / f"step-{step:08d}.safetensors"
+    private = private_name(path)
+    try:
+        write_private(private, data)
+        publish(private, path)
+    finally:
+        private.unlink(missing_ok=True)
+    head = CheckpointHead(step=step, run_digest=run_digest, digest=digest_bytes(data), facts=dict(facts))
+    write_file(path.with_suffix(".json"), to_json_bytes(head.to_json()))
+    for old in sorted(folder.glob("step-*.json"))[:-KEEP]:
+        old.unlink()
+        old.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+def load_checkpoint(folder: Path, run_digest: str, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest valid checkpoint of this very run; None when there is none."""
+    for head_path in sorted(folder.glob("step-*.json"), reverse=True):
+        tensors_path = head_path.with_suffix(".safetensors")
+        try:
+            head = CheckpointHead.from_file(head_path, head_path.read_bytes())
+            if head.run_digest != run_digest:
+                continue
+            if digest_file(tensors_path) != head.digest:
+                raise DamagedError("its digest is wrong")
+            return Checkpoint(head.step, head.facts, safetensors.torch.load_file(tensors_path))
+        except (DamagedError, OSError, safetensors.SafetensorError) as error:
+            say(f"checkpoint {head_path.name} is damaged ({error}); falling back to the one before")
+    return None
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's tensors back."""
+    parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}}
+    for key, value in checkpoint.tensors.items():
+        part, _, name = key.partition(".")
+        parts[part][name] = value
+    model.load_state_dict(parts["model"])
+    load_optimizer_tensors(optimizer, parts["optimizer"])
+
+
+def save_weights(path: Path, state: Mapping[str, torch.Tensor], facts: Mapping[str, str]) -> None:
+    """Publish weights as safetensors; `facts` go into its header."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    write_file(path, safetensors.torch.save(tensors, dict(facts)))
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Read weights that a stage published.
+
+    Raises:
+        DamagedError: missing or not safetensors.
+    """
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise DamagedError(f"{path} cannot be read ({error}); run the stage that writes it again") from error
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """A finished run needs none."""
+    for path in folder.glob("step-*"):
+        path.unlink()
+

@@ -1,0 +1,60 @@
+"""Batches made ahead by threads, and decoded images kept in memory where they fit.
+
+Decoders and `pread` release the interpreter lock, so threads serve here; worker processes would copy every batch.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from PIL import Image
+
+from storage.image_index import ImageList
+
+Batch = TypeVar("Batch")
+
+
+def prefetch(
+    load: Callable[[int], Batch], first: int, last: int, *, threads: int, ahead: int
+) -> Iterator[Batch]:
+    """Yield `load(first)` ... `load(last - 1)` in order, with up to `ahead` of them under way."""
+    steps = iter(range(first, last))
+    pool = ThreadPoolExecutor(threads)
+    waiting: deque[Future[Batch]] = deque()
+    try:
+        waiting.extend(pool.submit(load, step) for step, _ in zip(steps, range(ahead), strict=False))
+        while waiting:
+            batch = waiting.popleft().result()
+            waiting.extend(pool.submit(load, step) for step, _ in zip(steps, range(1), strict=False))
+            yield batch
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class ImageCache:
+    """Decodes images, keeping them as long as a memory budget lasts."""
+
+    def __init__(self, images: ImageList, budget_bytes: int) -> None:
+        self.images = images
+        self._left = budget_bytes
+        self._kept: dict[int, Image.Image] = {}
+        self._lock = threading.Lock()
+
+    def read(self, position: int) -> Image.Image:
+        """The decoded image at a position of the list.
+
+        Raises:
+            BadImageError: it cannot be decoded.
+        """
+        kept = self._kept.get(position)
+        if kept is not None:
+            return kept
+        image = self.images.read_image(position)
+        num_bytes = 3 * image.width * image.height
+        with self._lock:
+            if num_bytes <= self._left and position not in self._kept:
+                self._left -= num_bytes
+                self._kept[position] = image
+        return image

@@ -1,0 +1,54 @@
+"""Settings of the extraction stage."""
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from storage.schema import Schema
+from storage.views import CentreCrop, RandomResizedCrop, Renderer
+
+
+class ExecutionConfig(Schema):
+    """How to work. Nothing here can change what is in a store beyond the last bit of rounding."""
+
+    executor: Literal["ray", "inline"] = "ray"
+    """`ray`: actors on a local Ray that is started and stopped here, or on `ray_address`; `inline`: in this process."""
+    workers: int = Field(default=0, ge=0)
+    """Actors that run a teacher; 0 is one a GPU, or one a CPU core (at most 8)."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads of a worker."""
+    batch_size: int = Field(default=32, ge=1)
+    """Views in one forward pass."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    ray_address: str | None = None
+    """Join this cluster instead of starting a local Ray."""
+    max_attempts: int = Field(default=3, ge=1)
+    """Times that a shard is tried before it is given up."""
+
+
+class ExtractConfig(Schema):
+    """Which teacher looks at which views."""
+
+    not_identity: ClassVar[frozenset[str]] = frozenset({"weights", "max_bad_fraction", "run"})
+
+    teacher: str = "clip-b"
+    """A name of `make teachers`."""
+    weights: Path | None = None
+    """A local weights file instead of the teacher's own source."""
+    input_px: int | None = Field(default=None, ge=16)
+    """Side of the teacher's input; None is the teacher's own."""
+    split: Literal["train", "eval"] = "train"
+    views: int = Field(default=4, ge=1)
+    """Stored views an image."""
+    sampler: RandomResizedCrop | CentreCrop = Field(default=RandomResizedCrop(), discriminator="kind")
+    renderer: Renderer = Renderer()
+    records_per_shard: int = Field(default=512, ge=1)
+    """Views in one shard, the unit of work and of commit; rounded down to whole images."""
+    max_bad_fraction: float = Field(default=0.001, ge=0, le=1)
+    """Share of images that may be unusable before the run stops; one is always forgiven."""
+    run: ExecutionConfig = ExecutionConfig()
+
+    @property
+    def images_per_shard(self) -> int:
+        return max(1, self.records_per_shard // self.views)
