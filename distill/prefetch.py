@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 from PIL import Image
@@ -24,10 +25,10 @@ def prefetch(
     pool = ThreadPoolExecutor(threads)
     waiting: deque[Future[Batch]] = deque()
     try:
-        waiting.extend(pool.submit(load, step) for step, _ in zip(steps, range(ahead), strict=False))
+        waiting.extend(pool.submit(load, step) for step in islice(steps, ahead))
         while waiting:
             batch = waiting.popleft().result()
-            waiting.extend(pool.submit(load, step) for step, _ in zip(steps, range(1), strict=False))
+            waiting.extend(pool.submit(load, step) for step in islice(steps, 1))
             yield batch
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

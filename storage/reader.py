@@ -137,6 +137,14 @@ class FeatureReader:
         mean, std = (self._small(array, shard, "<f4", shape) for array in ("token_mean", "token_std"))
         return mean, std
 
+    def token_statistics(self, records_B: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Mean and standard deviation, before whitening, of the tokens of some records, each (B, T)."""
+        shards_B, slots_B = np.divmod(records_B, self.plan.records_per_shard)
+        loaded = {int(shard): self.statistics(int(shard)) for shard in np.unique(shards_B)}
+        pairs = [[part[slot] for part in loaded[int(shard)]] for shard, slot in zip(shards_B, slots_B, strict=True)]
+        mean_BT, std_BT = (np.stack(part) for part in zip(*pairs, strict=True))
+        return mean_BT, std_BT
+
     def read(self, key: ImageKey, view_index: int) -> FeatureRecord:
         """One record by name."""
         number = np.array([self.record_number(key, view_index)])

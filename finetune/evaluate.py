@@ -1,0 +1,133 @@
+"""The evaluation stage: what frozen features are worth, and how near the student came to its teacher on unseen images.
+
+    python -m pipeline evaluate
+"""
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from distill.checkpoint import load_weights
+from distill.loop import choose_device
+from distill.loss import feature_loss
+from distill.student import DistillModel, normalise_images, select_targets
+from finetune.config import EvaluateConfig
+from finetune.features import PooledFeatures, iter_views, pool_student, pool_teacher
+from finetune.linear_probe import linear_probe
+from finetune.run import student_shape
+from storage.image_index import ImageList, load_index, require_labels
+from storage.lock import hold_lock
+from storage.reader import FeatureReader, open_store
+from storage.stage import Progress, SilentProgress, stop_on_signals
+
+
+def run(
+    cfg: EvaluateConfig, inputs: Mapping[str, Path], out_dir: Path, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Probe teacher and student, compare their tokens, keep a few for pictures.
+
+    Args:
+        inputs: `data`; `extract` and `extract_eval`, stores of the training and the held-out images; `distill`.
+
+    Returns:
+        The stage's metrics.
+    """
+    progress = progress or SilentProgress()
+    torch.set_num_threads(cfg.run.threads or os.cpu_count() or 1)
+    index = load_index(inputs["data"])
+    require_labels(index.split("train"), "a linear probe")
+    train_store, eval_store = open_store(inputs["extract"]), open_store(inputs["extract_eval"])
+    train_images, eval_images = (_located(store, index.location) for store in (train_store, eval_store))
+    weights = inputs["distill"] / "student.safetensors"
+    student = student_shape(weights)
+    device = choose_device(cfg.run.device)
+    model = DistillModel(student, eval_store.plan.features, drop_path=0.0)
+    model.student.load_state_dict(load_weights(weights))
+    model.projector.load_state_dict(load_weights(inputs["distill"] / "projector.safetensors"))
+    model.eval().to(device)
+
+    def probe(train: PooledFeatures, evaluation: PooledFeatures) -> dict[str, Any]:
+        started = time.monotonic()
+        result = linear_probe(
+            train, evaluation, penalties=cfg.penalties, iterations=cfg.iterations, seed=cfg.seed
+        )._asdict()
+        stop.check()
+        return result | {"seconds": round(time.monotonic() - started, 2)}
+
+    with hold_lock(out_dir), stop_on_signals() as stop:
+        progress.say("linear probe on the teacher's frozen features")
+        teacher_probe = probe(pool_teacher(train_store, train_images), pool_teacher(eval_store, eval_images))
+        progress.say("linear probe on the student's frozen features")
+        pooled = (
+            pool_student(model, store, images, student.input_px, device)
+            for store, images in ((train_store, train_images), (eval_store, eval_images))
+        )
+        student_probe = probe(*pooled)
+        progress.say("student against teacher on held-out images")
+        distance = compare_tokens(model, eval_store, eval_images, student.input_px, device)
+        _keep_pictures(cfg, model, eval_store, eval_images, student.input_px, device, out_dir)
+    return {"teacher_probe": teacher_probe, "student_probe": student_probe, "held_out": distance}
+
+
+def _located(store: FeatureReader, location: str) -> ImageList:
+    return ImageList.model_validate(store.images.to_json() | {"location": location})
+
+
+@torch.inference_mode()
+def compare_tokens(
+    model: DistillModel, store: FeatureReader, images: ImageList, image_px: int, device: torch.device
+) -> dict[str, float]:
+    """Mean loss (beta 2) and cosine between predicted and true whitened tokens; and the loss of predicting zero."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    count = 0
+    for batch in iter_views(store, images, image_px=image_px):
+        assert batch.images_BHWC is not None
+        target_BTC = select_targets(batch.tokens_BTC, store.plan.features.num_prefix_tokens).to(device)
+        pred_BTC = model(normalise_images(batch.images_BHWC, device))
+        size = len(batch.positions_B)
+        cosine = F.cosine_similarity(pred_BTC, target_BTC, dim=-1).mean()
+        zero = feature_loss(torch.zeros_like(target_BTC), target_BTC, beta=2.0)
+        sums += size * torch.stack([feature_loss(pred_BTC, target_BTC, beta=2.0), cosine, zero]).double().cpu()
+        count += size
+    loss, cosine, zero_loss = (sums / count).tolist()
+    return {"loss": loss, "cosine": cosine, "zero_loss": zero_loss, "views": count}
+
+
+@torch.inference_mode()
+def _keep_pictures(
+    cfg: EvaluateConfig, model: DistillModel, store: FeatureReader, images: ImageList, image_px: int,
+    device: torch.device, out_dir: Path,
+) -> None:  # fmt: skip
+    """A few views, spread over the list, with the grid tokens of teacher and student: `pictures.npz`."""
+    views = list(_first_views(store, images, image_px, cfg.pictures))
+    if not views:
+        return
+    pixels_BHWC = torch.stack([pixels for _, pixels, _ in views])
+    pred_BTC = model(normalise_images(pixels_BHWC, device)).cpu()
+    grid_tokens = store.plan.features.grid_hw[0] * store.plan.features.grid_hw[1]
+    np.savez(
+        out_dir / "pictures.npz",
+        keys=np.array([key for key, _, _ in views]),
+        images_BHWC=pixels_BHWC.numpy(),
+        teacher_BTC=torch.stack([tokens for _, _, tokens in views])[:, -grid_tokens:].numpy(),
+        student_BTC=pred_BTC[:, -grid_tokens:].numpy(),
+        grid_hw=np.array(store.plan.features.grid_hw),
+    )
+
+
+def _first_views(store: FeatureReader, images: ImageList, image_px: int, count: int):  # type: ignore[no-untyped-def]
+    """(key, pixels, tokens) of `count` images, evenly spread."""
+    usable = store.usable_images()
+    wanted = set(usable[np.linspace(0, len(usable) - 1, min(count, len(usable))).astype(int)].tolist()) if count else set()
+    for batch in iter_views(store, images, image_px=image_px):
+        assert batch.images_BHWC is not None
+        for number, position in enumerate(batch.positions_B.tolist()):
+            if position in wanted:
+                wanted.discard(position)
+                yield images.keys[position], batch.images_BHWC[number], batch.tokens_BTC[number]
