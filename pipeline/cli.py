@@ -1,0 +1,294 @@
+"""The commands. Thin: options to settings, settings to a plan, a plan to a run, errors to one line and an exit code."""
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import provenance
+from pipeline.config import PipelineConfig, apply_overrides, parse_assignment
+from pipeline.demo_data import prepare_solar_cells
+from pipeline.presets import PRESETS, load_preset, preset_for_teacher
+from pipeline.progress import show_progress
+from pipeline.runner import Plan, execute, make_plan
+from pipeline.stages import STAGES
+from pipeline.tables import Row, findings, result_rows
+from pipeline.workspace import Workspace, load_current, read_state
+from storage.atomic import write_file, write_json
+from storage.errors import DamagedError, DecantError
+from storage.fingerprint import short
+from storage.stage import Interrupted, StageResult
+
+console = Console(highlight=False)
+
+ALL = tuple(STAGES)
+
+
+class Command(NamedTuple):
+    """A command that runs stages."""
+
+    stages: tuple[str, ...]
+    again: tuple[str, ...]
+    """Stages that run even if they are up to date, because they were named: those that are cheap beside what they
+    measure. A store and a student are kept and reused; --force makes them again."""
+    help: str
+
+
+COMMANDS: dict[str, Command] = {
+    "run": Command(ALL, (), "Run everything that is not up to date: extract, distill, fine-tune, evaluate, report."),
+    "extract": Command(("extract",), (), "Fill or resume a store: the teacher's tokens of every view of every image."),
+    "distill": Command(("distill",), (), "Train a student from the store; again and again from the same store."),
+    "finetune": Command(("finetune",), ("finetune",), "Fine-tune on the labels, from scratch and from the student."),
+    "evaluate": Command(("extract_eval", "evaluate"), ("evaluate",), "Probe frozen features; compare student and teacher."),
+    "report": Command(("report",), ("report",), "Write the table and the HTML page from finished stages."),
+}
+
+
+def _options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that every stage command takes, with the same words."""
+    for option in reversed(
+        [
+            click.option("--preset", help=f"Settings to start from: {', '.join(PRESETS)}."),
+            click.option("--teacher", help="A name of `decant teachers`."),
+            click.option("--weights", type=click.Path(path_type=Path), help="A local file with the teacher's weights."),
+            click.option("--data", help="A folder of class folders, or tars of images (WebDataset)."),
+            click.option("--views", type=int, help="Stored views an image."),
+            click.option("--student", help="vit-ti, vit-s, vit-b, vit-l or toy."),
+            click.option("--seeds", type=int, help="Fine-tune with this many seeds."),
+            click.option("--executor", type=click.Choice(["ray", "inline"]), help="Where extraction runs."),
+            click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any setting, such as distill.epochs=30; repeatable."),
+            click.option("--work", default="runs", show_default=True, type=click.Path(path_type=Path), help="Folder for all results."),
+            click.option("--force", is_flag=True, help="Run the named stage again even if it is up to date."),
+        ]
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(provenance.version("decant-fd"), prog_name="decant")
+def cli() -> None:
+    """Feature distillation from a stored teacher: extract once, distill many students, fine-tune, report.
+
+    Results lie in --work (runs/). A command starts from the settings of the one before it there, or from a preset;
+    options change them.
+    """
+
+
+def _stage_command(name: str, command: Command) -> None:
+    @cli.command(name, help=command.help)
+    @_options
+    def invoke(work: Path, force: bool, **options: Any) -> None:
+        workspace = Workspace(work)
+        config = resolve_config(workspace, **options)
+        run_stages(config, workspace, command.stages, command.stages if force else command.again)
+
+
+for _name, _command in COMMANDS.items():
+    _stage_command(_name, _command)
+
+
+@cli.command(help="The whole path on real photographs with a real pretrained teacher, on a laptop CPU.")
+@_options
+def demo(work: Path, force: bool, **options: Any) -> None:
+    workspace = Workspace(work)
+    options["preset"] = options["preset"] or "demo"
+    options["data"] = options["data"] or str(prepare_solar_cells(work / "solar-cells"))
+    console.print(f"demo: {PRESETS[options['preset']].expectation}; stop it at any time, the same command goes on")
+    run_stages(resolve_config(workspace, **options), workspace, ALL, ALL if force else ())
+
+
+@cli.command(help="What a run would do, and why; nothing is run.")
+@_options
+def plan(work: Path, force: bool, **options: Any) -> None:
+    workspace = Workspace(work)
+    config = resolve_config(workspace, **options)
+    show_plan(make_plan(config, workspace, ALL, again=ALL if force else ()), ALL)
+
+
+@cli.command(help="Every store, student and result in the work folder.")
+@click.option("--work", default="runs", show_default=True, type=click.Path(path_type=Path))
+def status(work: Path) -> None:
+    table = Table(box=None, pad_edge=False)
+    for title in ("stage", "folder", "state", "made by"):
+        table.add_column(title, overflow="fold")
+    workspace = Workspace(work)
+    for stage in STAGES.values():
+        done = {folder: result for folder, result in workspace.results(stage)}
+        for folder, result in done.items():
+            table.add_row(stage.name, str(folder), f"done in {result.seconds:,.0f} s", result.command)
+    for path in sorted(work.glob("*/*/state.json")):
+        state = read_state(path.parent)
+        if state is not None:
+            table.add_row("", str(path.parent), state.state, state.message)
+    if table.row_count:
+        console.print(table)
+    else:
+        console.print(f"nothing in {work} yet; start with `make demo`, or `make extract TEACHER=... DATA=...`")
+
+
+@cli.command(help="Check every byte of the stores against their receipts; damaged shards are forgotten.")
+@click.option("--work", default="runs", show_default=True, type=click.Path(path_type=Path))
+def verify(work: Path) -> None:
+    from storage.verify import discard_shard, iter_damage
+
+    stores = sorted(path.parent for path in (work / "stores").glob("*/plan.json"))
+    num_damaged = 0
+    for store in stores:
+        shards = 0
+        for index, damage in iter_damage(store):
+            shards += 1
+            for problem in damage:
+                console.print(f"{problem.path}: {problem.found}", soft_wrap=True)
+            if damage:
+                num_damaged += 1
+                discard_shard(store, index)
+        console.print(f"{store}: {shards} shards checked")
+    if num_damaged:
+        raise DamagedError(f"{num_damaged} shards are damaged or missing; run `make extract`: it makes only these again")
+    console.print(f"{len(stores)} stores are whole" if stores else f"no store in {work}")
+
+
+@cli.command(help="The teachers that have a name.")
+def teachers() -> None:
+    from extract.teachers import TEACHERS
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("teacher", "library: model", "input", "grid", "channels", "kB a view", "weights", "licence"):
+        table.add_column(title, overflow="fold")
+    for spec in TEACHERS.values():
+        features = spec.feature_spec()
+        table.add_row(
+            spec.name, f"{spec.library}: {spec.model}", f"{spec.input_px} px", "x".join(map(str, features.grid_hw)),
+            str(spec.channels), f"{features.record_bytes / 1000:.0f}", spec.weights.split(":")[0], spec.licence,
+        )  # fmt: skip
+    console.print(table)
+
+
+def resolve_config(
+    workspace: Workspace, *, preset: str | None, teacher: str | None, weights: Path | None, data: str | None,
+    views: int | None, student: str | None, seeds: int | None, executor: str | None, assignments: tuple[str, ...],
+) -> PipelineConfig:  # fmt: skip
+    """Settings of a command: a preset, or the recipe of a newly named teacher, or the settings of the command before it;
+    then the options."""
+    from distill.config import find_student
+    from extract.teachers import find_teacher
+
+    if teacher:
+        find_teacher(teacher)
+    current = load_current(workspace)
+    before = PipelineConfig.checked(current, str(workspace.current_path)) if current else None
+    if preset:
+        config = load_preset(preset)
+    elif before is not None and teacher in (None, before.extract.teacher):
+        config = before
+        console.print(f"settings: those of the last command here ({workspace.current_path}, preset {config.preset})")
+    else:
+        config = preset_for_teacher(teacher or "clip-b")
+    changes: list[tuple[str, Any]] = [
+        ("data.path", data or (before.data.path if before and not config.data.path else None)),
+        ("extract.teacher", teacher),
+        ("extract.weights", str(weights) if weights else None),
+        ("extract.views", views),
+        ("distill.student", find_student(student).to_json() if student else None),
+        ("finetune.seeds", list(range(seeds)) if seeds is not None else None),
+        ("extract.run.executor", executor),
+    ]
+    overrides = [(name, value) for name, value in changes if value is not None]
+    return apply_overrides(config, overrides + [parse_assignment(text) for text in assignments])
+
+
+def run_stages(config: PipelineConfig, workspace: Workspace, stages: tuple[str, ...], again: tuple[str, ...]) -> None:
+    """Plan, show the plan, run, show the results."""
+    plan = make_plan(config, workspace, stages, again=again)
+    show_plan(plan, stages)
+    write_json(workspace.current_path, config.to_json())
+    results = execute(plan, stages, functools.partial(show_progress, console=console))
+    show_results(plan, results)
+
+
+def show_plan(plan: Plan, stages: tuple[str, ...]) -> None:
+    """One line a stage: what will be done, and why."""
+    index = plan.index
+    counts = {split: len(index.split(split)) for split in ("train", "eval")}
+    console.print(
+        f"data: {plan.config.data.path}: {counts['train']:,} images to train on, {counts['eval']:,} held out, "
+        f"{len(index.classes)} classes"
+    )
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name in stages:
+        item = plan.stages[name]
+        style = {"skip": "dim", "run": "bold", "resume": "bold"}[item.action]
+        table.add_row(name, item.action, item.reason, style=style)
+    console.print(table)
+    if "extract" in stages and plan.stages["extract"].action != "skip":
+        console.print(_store_size(plan, counts["train"]))
+
+
+def _store_size(plan: Plan, images: int) -> str:
+    from extract.teachers import find_teacher
+    from storage.atomic import nearest_existing
+
+    cfg = plan.config.extract
+    features = find_teacher(cfg.teacher).feature_spec(cfg.input_px)
+    needed = images * cfg.views * features.record_bytes
+    status = os.statvfs(nearest_existing(plan.workspace.root))
+    return (
+        f"store: {images:,} images x {cfg.views} views x {features.record_bytes / 1e3:,.0f} kB = {needed / 1e9:,.2f} GB "
+        f"({status.f_bavail * status.f_frsize / 1e9:,.0f} GB free)"
+    )
+
+
+def show_results(plan: Plan, results: dict[str, StageResult]) -> None:
+    """The table a run ends with, or the facts of the stages that ran."""
+    for name, result in results.items():
+        if name in ("extract", "distill"):
+            console.print(f"{name}: {plan.stages[name].folder} ({short(result.fingerprint)})", soft_wrap=True)
+    rows = result_rows(results)
+    if rows:
+        console.print(_results_table(rows))
+    for sentence in findings(results):
+        console.print(sentence)
+    if "report" in results:
+        console.print(f"report: {plan.workspace.root / 'report.html'}")
+
+
+def _results_table(rows: list[Row]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for title, justify in (("", "left"), ("accuracy %", "right"), ("n", "right"), ("seeds", "right"), ("seconds", "right")):
+        table.add_column(title, justify=justify)  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(row.name, row.accuracy_text, str(row.n), str(len(row.accuracies)), f"{row.seconds:,.0f}")
+    return table
+
+
+def main() -> None:
+    """Run a command; every error becomes one line and an exit code (0 done, 1 our bug, 2 settings or data, 3 finished
+    with quarantined jobs, 4 busy, 6 damaged, 130 interrupted)."""
+    errors = Console(stderr=True, highlight=False)
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (Interrupted, KeyboardInterrupt):
+        errors.print(f"\ninterrupted; everything finished so far is kept. Go on with: {provenance.command_line()}", soft_wrap=True)
+        sys.exit(130)
+    except DecantError as error:
+        errors.print(f"error: {error}", soft_wrap=True, markup=False)
+        errors.print(f"then: {provenance.command_line()}", soft_wrap=True, markup=False)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        path = Path("decant-crash.txt")
+        write_file(path, traceback.format_exc().encode())
+        errors.print(f"bug: {type(error).__name__}: {error} (traceback in {path}); please report it with that file", soft_wrap=True, markup=False)
+        sys.exit(1)

@@ -1,0 +1,108 @@
+"""All settings of a run, and how the command line changes them."""
+
+import difflib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import Field
+
+from distill.config import DistillConfig
+from extract.config import ExtractConfig
+from finetune.config import EvaluateConfig, FinetuneConfig
+from storage.errors import ConfigError
+from storage.schema import Schema
+
+
+class DataConfig(Schema):
+    """Which images."""
+
+    path: str | None = None
+    """A folder of class folders, or tars of images (WebDataset); `train` and `val` parts are used where there are any."""
+    eval_fraction: float = Field(default=0.2, ge=0, lt=1)
+    """Share of each class that is held out for evaluation where the data has no `val` part of its own."""
+    split_seed: int = 0
+
+
+class ReportConfig(Schema):
+    """The report has no settings of its own."""
+
+    title: str = "Feature distillation"
+
+
+class PipelineConfig(Schema):
+    """Everything that a run depends on."""
+
+    preset: str
+    data: DataConfig = DataConfig()
+    extract: ExtractConfig = ExtractConfig()
+    distill: DistillConfig = DistillConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    report: ReportConfig = ReportConfig()
+
+    @property
+    def extract_eval(self) -> ExtractConfig:
+        """The same teacher on the held-out images, one centred view each."""
+        return self.extract.model_copy(
+            update={"split": "eval", "views": 1, "sampler": self.finetune.eval_sampler}
+        )  # fmt: skip
+
+
+def apply_overrides(config: PipelineConfig, overrides: Iterable[tuple[str, Any]]) -> PipelineConfig:
+    """Change settings by dotted name, as `--set distill.epochs=30` does. Text values are read as JSON where they are JSON.
+
+    Raises:
+        ConfigError: an unknown name (the nearest is offered), or a value of the wrong kind.
+    """
+    values = config.to_json()
+    for name, value in overrides:
+        *groups, last = name.split(".")
+        place: Any = values
+        for depth, group in enumerate(groups):
+            place = _step(place, group, ".".join(groups[:depth]), name)
+        _step(place, last, ".".join(groups), name)
+        place[last] = _read(value)
+    return PipelineConfig.checked(values, "settings")
+
+
+def parse_assignment(text: str) -> tuple[str, str]:
+    """`name=value` to its two parts.
+
+    Raises:
+        ConfigError: there is no `=`.
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"--set {text!r} is not of the form name=value, such as distill.epochs=30")
+    return name.strip(), value.strip()
+
+
+def _step(place: Any, key: str, where: str, name: str) -> Any:
+    if not isinstance(place, dict) or key not in place:
+        known = sorted(place) if isinstance(place, dict) else []
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+        prefix = f"{where}." if where else ""
+        hint = f"did you mean {prefix}{near[0]}?" if near else f"known there: {', '.join(prefix + k for k in known)}"
+        raise ConfigError(f"unknown setting {name!r}; {hint}")
+    return place[key]
+
+
+def _read(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def differences(before: Any, after: Any, name: str = "") -> list[str]:
+    """What changed between two JSON settings, as `name: before -> after`."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        return [
+            line
+            for key in sorted({*before, *after})
+            for line in differences(before.get(key), after.get(key), f"{name}.{key}" if name else key)
+        ]
+    return [] if before == after else [f"{name}: {json.dumps(before)} -> {json.dumps(after)}"]

@@ -1,0 +1,238 @@
+"""Plan (run, resume or skip, and why), then execute.
+
+A stage's fingerprint covers its version, its settings and the fingerprints of its inputs. A finished folder with that
+fingerprint is the result; anything else is not.
+"""
+
+import contextlib
+import importlib
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from extract.config import ExtractConfig
+from extract.teachers import find_teacher
+from extract.weights import weights_identity
+from pipeline import provenance
+from pipeline.config import PipelineConfig, differences
+from pipeline.stages import STAGES, Stage, upstream
+from pipeline.workspace import RunState, Workspace, read_result, read_state, replace_folder, write_state
+from storage.atomic import write_json
+from storage.errors import ConfigError, DecantError
+from storage.fingerprint import digest_file, digest_json
+from storage.image_index import ImageIndex, build_index, save_index
+from storage.records import StoreManifest
+from storage.stage import Interrupted, Progress, StageResult
+from storage.writer import read_receipt
+
+Action = Literal["run", "resume", "skip"]
+
+
+class StagePlan(NamedTuple):
+    """What will be done about one stage."""
+
+    stage: Stage
+    action: Action
+    reason: str
+    folder: Path
+    fingerprint: str
+    inputs: dict[str, str]
+    is_again: bool
+    """A finished result exists and is kept until the new one is whole."""
+
+
+class Plan(NamedTuple):
+    """What a command will do."""
+
+    config: PipelineConfig
+    workspace: Workspace
+    index: ImageIndex
+    data_path: Path
+    stages: dict[str, StagePlan]
+
+
+def make_plan(
+    config: PipelineConfig, workspace: Workspace, names: tuple[str, ...], *, again: Iterable[str] = ()
+) -> Plan:
+    """Decide about the stages `names` and everything they depend on. Writes nothing but the image list.
+
+    Args:
+        again: stages to run even if they are up to date.
+
+    Raises:
+        ConfigError, InputError: settings or data that cannot work.
+    """
+    if config.data.path is None:
+        raise ConfigError("no data: give DATA=<folder of class folders, or tars of images> (--data)")
+    find_teacher(config.extract.teacher)
+    index = build_index(
+        config.data.path, eval_fraction=config.data.eval_fraction, seed=config.data.split_seed,
+        cache_dir=workspace.cache_dir,
+    )  # fmt: skip
+    data_path = workspace.data_path(config.data.path, index.fingerprint)
+    if not data_path.exists():
+        save_index(data_path, index)
+    plans: dict[str, StagePlan] = {}
+    for name in upstream(names):
+        plans[name] = _plan_stage(STAGES[name], config, workspace, index, plans, name in set(again))
+    return Plan(config, workspace, index, data_path, plans)
+
+
+def _plan_stage(
+    stage: Stage, config: PipelineConfig, workspace: Workspace, index: ImageIndex, plans: dict[str, StagePlan], again: bool
+) -> StagePlan:
+    settings = stage.config(config)
+    inputs = {name: plans[name].fingerprint for name in stage.needs}
+    if stage.data:
+        inputs["data"] = index.fingerprint if stage.data == "all" else index.split(stage.data).fingerprint
+    if isinstance(settings, ExtractConfig):
+        inputs["weights"] = weights_identity(find_teacher(settings.teacher), settings.weights)
+    fingerprint = digest_json(
+        {"stage": stage.name, "version": stage.version, "settings": settings.identity(), "inputs": inputs}
+    )
+    folder = workspace.stage_dir(stage, stage.label(config), fingerprint)
+
+    def planned(action: Action, reason: str, is_again: bool = False) -> StagePlan:
+        return StagePlan(stage, action, reason, folder, fingerprint, inputs, is_again)
+
+    result, state = read_result(folder), read_state(folder)
+    if result is not None and result.fingerprint == fingerprint:
+        damage = _find_damage(folder)
+        if damage:
+            return planned("resume", f"{damage}; only that is made again")
+        if again:
+            return planned("run", "asked for by name; it was up to date, and stays until the new result is whole", True)
+        newer = _newer_inputs(result, plans)
+        if newer:
+            return planned("run", f"{', '.join(newer)} has a newer result", True)
+        return planned("skip", f"up to date (took {result.seconds:,.0f} s)")
+    if folder.exists():
+        return planned("resume", _what_became(state))
+    return planned("run", _why_new(stage, workspace, settings.identity(), inputs))
+
+
+def _what_became(state: RunState | None) -> str:
+    if state is None or state.state == "running":
+        return "was stopped from outside last time"
+    return "was interrupted last time" if state.state == "interrupted" else f"failed last time: {state.message}"
+
+
+def _newer_inputs(result: StageResult, plans: dict[str, StagePlan]) -> list[str]:
+    """Inputs that a stage read and that were made again since (a report reads results, not only what they point to)."""
+    read = result.metrics.get("read_results", {})
+    return [
+        name
+        for name, digest in read.items()
+        if plans[name].action != "skip" or digest_file(plans[name].folder / "result.json") != digest
+    ]
+
+
+def _find_damage(folder: Path) -> str:
+    """A store that was finished and has lost files since; sizes only, contents are checked when they are read."""
+    if not (folder / "plan.json").exists():
+        return ""
+    path = folder / "manifest.json"
+    if not path.exists():
+        return "the store's manifest is gone"
+    manifest = StoreManifest.from_file(path, path.read_bytes())
+    lost = [shard.index for shard in manifest.shards if read_receipt(folder, shard.index) != shard]
+    return f"{len(lost)} of {len(manifest.shards)} shards are damaged or gone (first {lost[0]})" if lost else ""
+
+
+def _why_new(
+    stage: Stage, workspace: Workspace, identity: dict[str, object], inputs: dict[str, str]
+) -> str:
+    earlier = workspace.results(stage)
+    if not earlier:
+        return "not run before"
+    changes = [
+        [f"{stage.name}.{line}" for line in differences(result.config, identity)]
+        + [f"{name} changed" for name in inputs if result.inputs.get(name) != inputs[name]]
+        for _, result in earlier
+    ]
+    nearest = min(changes, key=len)
+    if not nearest:
+        return "the program's version of this stage changed"
+    more = f" and {len(nearest) - 4} more" if len(nearest) > 4 else ""
+    return "; ".join(nearest[:4]) + more
+
+
+def execute(
+    plan: Plan, names: Iterable[str], progress: Callable[[str], contextlib.AbstractContextManager[Progress]]
+) -> dict[str, StageResult]:
+    """Run what is not up to date among `names`, in order; returns all their results.
+
+    Args:
+        progress: makes the progress display of a stage.
+
+    Raises:
+        ConfigError: something that a stage needs is not there and was not asked for.
+        Interrupted, DecantError: from a stage; what it had finished is kept.
+    """
+    wanted = set(names)
+    for name, item in plan.stages.items():
+        if name not in wanted and item.action != "skip":
+            raise ConfigError(
+                f"{' and '.join(sorted(wanted))} needs {name}, which is not done ({item.reason}); "
+                f"run `make {item.stage.command}` first, or `make run` for everything"
+            )
+    results = {}
+    for name in (name for name in plan.stages if name in wanted):
+        item = plan.stages[name]
+        if item.action == "skip":
+            result = read_result(item.folder)
+            assert result is not None
+            results[name] = result
+        else:
+            with progress(name) as display:
+                results[name] = _execute_stage(plan, item, display)
+    return results
+
+
+def _execute_stage(plan: Plan, item: StagePlan, progress: Progress) -> StageResult:
+    stage = item.stage
+    folder = item.folder.with_name(f"{item.folder.name}.again") if item.is_again else item.folder
+    settings = stage.config(plan.config)
+    inputs = {name: plan.stages[name].folder for name in stage.needs} | {"data": plan.data_path}
+    started = time.monotonic()
+    with _state(folder):
+        (folder / "result.json").unlink(missing_ok=True)
+        metrics = importlib.import_module(stage.module).run(settings, inputs, folder, progress)
+        result = StageResult(
+            stage=stage.name,
+            fingerprint=item.fingerprint,
+            inputs=item.inputs,
+            config=settings.identity(),
+            metrics=metrics,
+            seconds=round(time.monotonic() - started, 2),
+            command=provenance.command_line(),
+            code_version=provenance.code_version(),
+            machine=provenance.machine(),
+        )
+        write_json(folder / "result.json", result.to_json())
+    (folder / "state.json").unlink(missing_ok=True)
+    if item.is_again:
+        replace_folder(folder, item.folder)
+    return result
+
+
+@contextlib.contextmanager
+def _state(folder: Path) -> Iterator[None]:
+    """Leave a word in the folder about what became of a run that did not finish."""
+    write_state(folder, "running")
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt):
+        write_state(folder, "interrupted")
+        raise
+    except DecantError as error:
+        with contextlib.suppress(DecantError, OSError):
+            write_state(folder, "failed", str(error))
+        raise
+    except Exception as error:
+        with contextlib.suppress(DecantError, OSError):
+            write_state(folder, "failed", f"{type(error).__name__}: {error}")
+            (folder / "traceback.txt").write_text(traceback.format_exc())
+        raise
