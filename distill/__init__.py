@@ -1,12 +1,12 @@
 """Stored tokens to a student. No teacher is ever loaded here.
 
-    config.py      settings; imports no deep-learning library
-    order.py       which images and views a step sees: a pure function of (seed, step)
-    prefetch.py    batches made ahead by threads; decoded images kept in memory where they fit
-    stream.py      a store and its images to batches
-    student.py     the student and its projector
-    loss.py        the loss
-    optim.py       parameter groups, learning rate as a function of the step
-    checkpoint.py  atomic, hashed checkpoints; the newest valid one wins
-    run.py         the stage, with the loop in it
+config.py      settings; imports no deep-learning library
+order.py       which images and views a step sees: a pure function of (seed, step)
+prefetch.py    batches made ahead by threads; decoded images kept in memory where they fit
+stream.py      a store and its images to batches
+student.py     the student and its projector
+loss.py        the loss
+optim.py       parameter groups, learning rate as a function of the step
+checkpoint.py  atomic, hashed checkpoints; the newest valid one wins
+run.py         the stage, with the loop in it
 """

@@ -37,7 +37,12 @@ class Checkpoint(NamedTuple):
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, run_digest: str, facts: Mapping[str, Any]
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    run_digest: str,
+    facts: Mapping[str, Any],
 ) -> None:
     """Save the state after `step` steps and drop all but the newest two."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,4 +111,3 @@ def remove_checkpoints(folder: Path) -> None:
     """A finished run needs none."""
     for path in folder.glob("step-*"):
         path.unlink()
-

@@ -147,9 +147,11 @@ def _refuse_non_finite(run: Training, batch: Batch, loss: float, grad_norm: floa
     if grad_norm == grad_norm and abs(loss) < float("inf") and grad_norm < float("inf") and loss == loss:
         return
     path = run.out_dir / f"non-finite-step-{batch.step}.json"
-    path.write_text(json.dumps({"step": batch.step, "loss": str(loss), "grad_norm": str(grad_norm), "keys": batch.keys}))
+    path.write_text(
+        json.dumps({"step": batch.step, "loss": str(loss), "grad_norm": str(grad_norm), "keys": batch.keys})
+    )
     raise DecantError(
-        f"loss {loss} and gradient norm {grad_norm} at step {batch.step}: stopped before the update; the batch's images "
+        f"loss {loss} and gradient norm {grad_norm} at step {batch.step}: stopped before the update; its images "
         f"are listed in {path}; lower optim.base_lr, or look at these images"
     )
 

@@ -15,7 +15,7 @@ _NO_DECAY_NAMES = ("cls_token", "pos_embed")
 
 
 def build_optimizer(
-    model: nn.Module, cfg: OptimConfig, *, lr_scale: Callable[[str], float] = lambda name: 1.0
+    model: nn.Module, cfg: OptimConfig, *, lr_scale: Callable[[str], float] | None = None
 ) -> torch.optim.AdamW:
     """AdamW. Vectors, biases and the CLS token are not decayed; the relative-position table is (authors' code).
 
@@ -27,7 +27,7 @@ def build_optimizer(
         if not parameter.requires_grad:
             continue
         is_decayed = parameter.ndim > 1 and not name.endswith(_NO_DECAY_NAMES)
-        scale = lr_scale(name)
+        scale = lr_scale(name) if lr_scale else 1.0
         group = groups.setdefault(
             (scale, is_decayed),
             {"params": [], "lr_scale": scale, "weight_decay": cfg.weight_decay if is_decayed else 0.0},

@@ -17,9 +17,7 @@ from storage.image_index import ImageList
 Batch = TypeVar("Batch")
 
 
-def prefetch(
-    load: Callable[[int], Batch], first: int, last: int, *, threads: int, ahead: int
-) -> Iterator[Batch]:
+def prefetch(load: Callable[[int], Batch], first: int, last: int, *, threads: int, ahead: int) -> Iterator[Batch]:
     """Yield `load(first)` ... `load(last - 1)` in order, with up to `ahead` of them under way."""
     steps = iter(range(first, last))
     pool = ThreadPoolExecutor(threads)

@@ -1,6 +1,6 @@
 """The distillation stage: a student from a store.
 
-    python -m pipeline distill --student vit-b
+python -m pipeline distill --student vit-b
 """
 
 import os

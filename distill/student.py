@@ -50,7 +50,8 @@ class DistillModel(nn.Module):
         tokens_BTC = self.student.forward_features(images_BCHW)
         if self.teacher_prefix == 0:
             tokens_BTC = tokens_BTC[:, self.student.num_prefix_tokens :]
-        return self.projector(tokens_BTC)
+        pred_BTC: Tensor = self.projector(tokens_BTC)
+        return pred_BTC
 
 
 def select_targets(targets_BTC: Tensor, teacher_prefix: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,30 +23,34 @@ class _Built(NamedTuple):
 class Teacher:
     """A frozen teacher: uint8 pixels in, float32 tokens out."""
 
-    def __init__(self, spec: TeacherSpec, module: nn.Module, forward: Forward, input_px: int, device: torch.device) -> None:
+    def __init__(
+        self, spec: TeacherSpec, module: nn.Module, forward: Forward, input_px: int, device: torch.device
+    ) -> None:
         self.spec, self.input_px, self.device = spec, input_px, device
         self.features = spec.feature_spec(input_px)
         self.fingerprint = tensor_fingerprint(module.state_dict())
-        self._module = module.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        module.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
         self._forward = forward
         self._mean = torch.tensor(spec.mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(spec.std, device=device).view(1, 3, 1, 1)
 
     @torch.inference_mode()
     def __call__(self, pixels_BHWC: Tensor) -> Tensor:
-        """Tokens of uint8 views of side `input_px`: (B, T, C) float32, prefix tokens first, then the grid row by row."""
+        """Tokens of uint8 views of side `input_px`: (B, T, C) float32, prefix tokens first, then the grid by rows."""
         images_BCHW = pixels_BHWC.to(self.device).permute(0, 3, 1, 2).float().div_(255)
         images_BCHW = images_BCHW.sub_(self._mean).div_(self._std).contiguous(memory_format=torch.channels_last)
         tokens_BTC = self._forward(images_BCHW).float()
         if tokens_BTC.shape[1:] != self.features.shape_TC:
             raise ConfigError(
-                f"teacher {self.spec.name!r} gave tokens {tuple(tokens_BTC.shape[1:])} at {self.input_px} px, its row says "
-                f"{self.features.shape_TC}; choose an input size that its patch of {self.spec.patch_px} px divides"
+                f"teacher {self.spec.name!r} gave tokens {tuple(tokens_BTC.shape[1:])} at {self.input_px} px, expected "
+                f"{self.features.shape_TC}: choose an input size that its patch of {self.spec.patch_px} px divides"
             )
         return tokens_BTC
 
 
-def load_teacher(spec: TeacherSpec, *, weights: Path | None = None, input_px: int | None = None, device: str = "auto") -> Teacher:
+def load_teacher(
+    spec: TeacherSpec, *, weights: Path | None = None, input_px: int | None = None, device: str = "auto"
+) -> Teacher:
     """Build a teacher and fill in its weights.
 
     Args:
@@ -79,7 +83,7 @@ def _build_timm(spec: TeacherSpec, input_px: int, from_hub: bool) -> _Built:
     import timm
 
     size = {} if spec.tap == "final_map" else {"img_size": input_px}
-    module = _from_hub(spec, lambda: timm.create_model(spec.model, pretrained=from_hub, **size))
+    module: Any = _from_hub(spec, lambda: timm.create_model(spec.model, pretrained=from_hub, **size))
     if spec.tap == "final_map":
         return _Built(module, lambda images: module.forward_features(images).flatten(2).transpose(1, 2))
     return _Built(module, module.forward_features)
@@ -89,7 +93,7 @@ def _build_open_clip(spec: TeacherSpec, input_px: int, from_hub: bool) -> _Built
     import open_clip
 
     tag = spec.weights.partition(":")[2] if from_hub else None
-    model = _from_hub(
+    model: Any = _from_hub(
         spec, lambda: open_clip.create_model(spec.model, pretrained=tag, precision="fp32", force_image_size=input_px)
     )
     visual = model.visual
@@ -132,7 +136,8 @@ class ToyTeacher(nn.Module):
         grid_BTC = self.patch(images_BCHW).flatten(2).transpose(1, 2)
         prefix_B1C = grid_BTC.mean(1, keepdim=True)
         tokens_BTC = torch.cat([prefix_B1C, grid_BTC], dim=1)
-        return self.norm(tokens_BTC + self.mix(tokens_BTC.tanh()))
+        normed_BTC: Tensor = self.norm(tokens_BTC + self.mix(tokens_BTC.tanh()))
+        return normed_BTC
 
 
 def _build_toy(spec: TeacherSpec, input_px: int, from_hub: bool) -> _Built:

@@ -1,6 +1,6 @@
 """The extraction stage: fill a store, or go on filling it.
 
-    python -m pipeline extract --teacher clip-l --data /data/imagenet --views 4
+python -m pipeline extract --teacher clip-l --data /data/imagenet --views 4
 """
 
 import functools
@@ -41,7 +41,9 @@ def run(
     progress = progress or SilentProgress()
     images = load_index(inputs["data"]).split(cfg.split)
     if not len(images):
-        raise InputError(f"no image is in the {cfg.split!r} split of {images.location}; raise data.eval_fraction above 0")
+        raise InputError(
+            f"no image is in the {cfg.split!r} part of {images.location}; raise data.eval_fraction above 0"
+        )
     plan = build_plan(cfg, images)
     started = time.monotonic()
     with hold_lock(out_dir), stop_on_signals() as stop:
@@ -120,7 +122,7 @@ def _check_bad(cfg: ExtractConfig, images: ImageList, done: Mapping[int, ShardEn
     if len(bad) > allowed:
         listed = "; ".join(f"{image.key}: {image.reason}" for image in bad[:5])
         raise InputError(
-            f"{len(bad)} of {len(images)} images of {images.location} cannot be used, {allowed} are allowed ({listed}); "
+            f"{len(bad)} of {len(images)} images of {images.location} are unusable, {allowed} are allowed ({listed}); "
             "mend or remove them, or raise extract.max_bad_fraction"
         )
     return len(bad)

@@ -34,11 +34,11 @@ class TeacherSpec(Schema):
     mean: Triple
     std: Triple
     tap: Literal["final_norm", "final_map"]
-    """`final_norm`: all tokens of the last block, through the teacher's own final norm; `final_map`: the last map of a
-    convolutional network."""
+    """`final_norm`: all tokens of the last block, through the teacher's own final norm; `final_map`: the last map of
+    a convolutional network."""
     licence: str
     state_keys: Literal["by_name", "by_position"] = "by_name"
-    """How tensors of a weights file find their places; `by_position` for files whose names come from another library."""
+    """How tensors of a weights file find their places; `by_position` for files with another library's names."""
 
     def feature_spec(self, input_px: int | None = None) -> FeatureSpec:
         """The shape of its tokens at `input_px` (None: its own size)."""

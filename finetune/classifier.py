@@ -38,7 +38,9 @@ def build_classifier(cfg: StudentConfig, *, num_classes: int, drop_path: float, 
         missing, unexpected = model.load_state_dict(state, strict=False)
         wrong = [name for name in missing if not name.startswith(_FRESH)] + list(unexpected)
         if wrong:
-            raise DamagedError(f"{weights} is not a student of this shape: {len(wrong)} keys differ, such as {wrong[0]}")
+            raise DamagedError(
+                f"{weights} is not a student of this shape: {len(wrong)} keys differ, such as {wrong[0]}"
+            )
     return model
 
 
@@ -53,7 +55,7 @@ def classifier_state(student: dict[str, Tensor], depth: int) -> dict[str, Tensor
 
 
 def layer_lr_scale(depth: int, decay: float) -> Callable[[str], float]:
-    """Layer-wise learning-rate decay: 1 for the head, `decay` once for the last block, and once more for each before."""
+    """Layer-wise learning-rate decay: 1 for the head, `decay` for the last block, once more for each before it."""
 
     def scale(name: str) -> float:
         block = re.match(r"blocks\.(\d+)\.", name)

@@ -1,6 +1,6 @@
 """The evaluation stage: what frozen features are worth, and how near the student came to its teacher on unseen images.
 
-    python -m pipeline evaluate
+python -m pipeline evaluate
 """
 
 import os
@@ -124,7 +124,9 @@ def _keep_pictures(
 def _first_views(store: FeatureReader, images: ImageList, image_px: int, count: int):  # type: ignore[no-untyped-def]
     """(key, pixels, tokens) of `count` images, evenly spread."""
     usable = store.usable_images()
-    wanted = set(usable[np.linspace(0, len(usable) - 1, min(count, len(usable))).astype(int)].tolist()) if count else set()
+    wanted = (
+        set(usable[np.linspace(0, len(usable) - 1, min(count, len(usable))).astype(int)].tolist()) if count else set()
+    )
     for batch in iter_views(store, images, image_px=image_px):
         assert batch.images_BHWC is not None
         for number, position in enumerate(batch.positions_B.tolist()):

@@ -88,5 +88,7 @@ class LabelledImages:
     def _draw(self, key: str, epoch: int, image_hw: tuple[int, int]) -> tuple[View, bool]:
         number = self.seed * 1_000_003 + epoch
         view = self.cfg.sampler.view(key, number, image_hw)
-        is_upside_down = self.cfg.vertical_flip and keyed_generator(self.seed, f"upside-down/{key}", epoch).random() < 0.5
+        is_upside_down = (
+            self.cfg.vertical_flip and keyed_generator(self.seed, f"upside-down/{key}", epoch).random() < 0.5
+        )
         return view, is_upside_down

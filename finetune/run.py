@@ -1,6 +1,6 @@
 """The fine-tuning stage: every start with every seed, each member resumable and kept once it is done.
 
-    python -m pipeline finetune --seeds 3
+python -m pipeline finetune --seeds 3
 """
 
 import functools
@@ -37,7 +37,7 @@ def run(
     """Fine-tune and evaluate all members.
 
     Args:
-        inputs: `data`, the image index; `distill`, the folder of the distilled student (its shape also serves `scratch`).
+        inputs: `data`, the image index; `distill`, the folder of the distilled student (`scratch` takes its shape).
 
     Returns:
         The stage's metrics; `members` has one row for each start and seed.
@@ -65,9 +65,7 @@ def run(
             for seed in cfg.seeds:
                 data = make(images=train_cache, seed=seed), make(images=eval_cache, seed=seed)
                 member_dir = out_dir / f"{start}-{seed}"
-                members.append(
-                    _run_member(cfg, start, seed, index, student, weights, data, member_dir, progress, stop)
-                )
+                members.append(_run_member(cfg, start, seed, index, student, weights, data, member_dir, progress, stop))
     return {
         "members": members,
         "num_train": len(train_images),
@@ -119,9 +117,7 @@ def _run_member(
         weights=weights if start == "distilled" else None,
     ).to(device)  # fmt: skip
     is_scratch = start == "scratch"
-    optim = cfg.optim.model_copy(
-        update={"base_lr": cfg.scratch_base_lr} if is_scratch and cfg.scratch_base_lr else {}
-    )
+    optim = cfg.optim.model_copy(update={"base_lr": cfg.scratch_base_lr} if is_scratch and cfg.scratch_base_lr else {})
     decay = cfg.scratch_layer_decay if is_scratch else cfg.layer_decay
     optimizer = build_optimizer(model, optim, lr_scale=layer_lr_scale(student.depth, decay))
 
@@ -135,7 +131,7 @@ def _run_member(
 
     def loss(batch: LabelledBatch) -> Tensor:
         if not batch.keys:  # every image of the batch is unusable: a step without a gradient
-            return sum(parameter.sum() for parameter in model.parameters()) * torch.zeros(())
+            return torch.stack([parameter.sum() for parameter in model.parameters()]).sum() * 0.0
         logits_BN = model(normalise_images(batch.images_BHWC, device))
         return F.cross_entropy(logits_BN, batch.labels_B.to(device), label_smoothing=cfg.label_smoothing)
 

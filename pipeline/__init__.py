@@ -1,15 +1,15 @@
 """The stage graph and the command line.
 
-    config.py      all settings of a run; typed overrides
-    presets.py     named settings that derive from each other
-    stages.py      the graph, as data
-    workspace.py   what lies where in a work folder
-    runner.py      plan (run, resume or skip, and why) and execute
-    provenance.py  who made a result: command, code version, machine
-    progress.py    progress on a terminal or in a log file
-    demo_data.py   the demo's photographs as a folder of class folders
-    tables.py      results to a table on the screen
-    pictures.py    curves and token pictures for the report
-    report.py      the report stage: one self-contained HTML page
-    cli.py         the commands
+config.py      all settings of a run; typed overrides
+presets.py     named settings that derive from each other
+stages.py      the graph, as data
+workspace.py   what lies where in a work folder
+runner.py      plan (run, resume or skip, and why) and execute
+provenance.py  who made a result: command, code version, machine
+progress.py    progress on a terminal or in a log file
+demo_data.py   the demo's photographs as a folder of class folders
+tables.py      results to a table on the screen
+pictures.py    curves and token pictures for the report
+report.py      the report stage: one self-contained HTML page
+cli.py         the commands
 """

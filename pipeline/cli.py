@@ -1,7 +1,6 @@
 """The commands. Thin: options to settings, settings to a plan, a plan to a run, errors to one line and an exit code."""
 
 import functools
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,16 +16,13 @@ from pipeline.config import PipelineConfig, apply_overrides, parse_assignment
 from pipeline.demo_data import prepare_solar_cells
 from pipeline.presets import PRESETS, load_preset, preset_for_teacher
 from pipeline.progress import show_progress
-from pipeline.runner import Plan, execute, make_plan
+from pipeline.runner import execute, make_plan
+from pipeline.screen import console, show_plan, show_results, show_teachers
 from pipeline.stages import STAGES
-from pipeline.tables import Row, findings, result_rows
 from pipeline.workspace import Workspace, load_current, read_state
 from storage.atomic import write_file, write_json
 from storage.errors import DamagedError, DecantError
-from storage.fingerprint import short
-from storage.stage import Interrupted, StageResult
-
-console = Console(highlight=False)
+from storage.stage import Interrupted
 
 ALL = tuple(STAGES)
 
@@ -46,7 +42,9 @@ COMMANDS: dict[str, Command] = {
     "extract": Command(("extract",), (), "Fill or resume a store: the teacher's tokens of every view of every image."),
     "distill": Command(("distill",), (), "Train a student from the store; again and again from the same store."),
     "finetune": Command(("finetune",), ("finetune",), "Fine-tune on the labels, from scratch and from the student."),
-    "evaluate": Command(("extract_eval", "evaluate"), ("evaluate",), "Probe frozen features; compare student and teacher."),
+    "evaluate": Command(
+        ("extract_eval", "evaluate"), ("evaluate",), "Probe frozen features; compare student and teacher."
+    ),
     "report": Command(("report",), ("report",), "Write the table and the HTML page from finished stages."),
 }
 
@@ -63,8 +61,14 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--student", help="vit-ti, vit-s, vit-b, vit-l or toy."),
             click.option("--seeds", type=int, help="Fine-tune with this many seeds."),
             click.option("--executor", type=click.Choice(["ray", "inline"]), help="Where extraction runs."),
-            click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any setting, such as distill.epochs=30; repeatable."),
-            click.option("--work", default="runs", show_default=True, type=click.Path(path_type=Path), help="Folder for all results."),
+            click.option(
+                "--set", "assignments", multiple=True, metavar="NAME=VALUE",
+                help="Any setting, such as distill.epochs=30; repeatable.",
+            ),
+            click.option(
+                "--work", default="runs", show_default=True, type=click.Path(path_type=Path),
+                help="Folder for all results.",
+            ),
             click.option("--force", is_flag=True, help="Run the named stage again even if it is up to date."),
         ]
     ):  # fmt: skip
@@ -121,8 +125,7 @@ def status(work: Path) -> None:
         table.add_column(title, overflow="fold")
     workspace = Workspace(work)
     for stage in STAGES.values():
-        done = {folder: result for folder, result in workspace.results(stage)}
-        for folder, result in done.items():
+        for folder, result in workspace.results(stage):
             table.add_row(stage.name, str(folder), f"done in {result.seconds:,.0f} s", result.command)
     for path in sorted(work.glob("*/*/state.json")):
         state = read_state(path.parent)
@@ -152,32 +155,24 @@ def verify(work: Path) -> None:
                 discard_shard(store, index)
         console.print(f"{store}: {shards} shards checked")
     if num_damaged:
-        raise DamagedError(f"{num_damaged} shards are damaged or missing; run `make extract`: it makes only these again")
+        raise DamagedError(
+            f"{num_damaged} shards are damaged or missing; run `make extract`: it makes only these again"
+        )
     console.print(f"{len(stores)} stores are whole" if stores else f"no store in {work}")
 
 
 @cli.command(help="The teachers that have a name.")
 def teachers() -> None:
-    from extract.teachers import TEACHERS
-
-    table = Table(box=None, pad_edge=False)
-    for title in ("teacher", "library: model", "input", "grid", "channels", "kB a view", "weights", "licence"):
-        table.add_column(title, overflow="fold")
-    for spec in TEACHERS.values():
-        features = spec.feature_spec()
-        table.add_row(
-            spec.name, f"{spec.library}: {spec.model}", f"{spec.input_px} px", "x".join(map(str, features.grid_hw)),
-            str(spec.channels), f"{features.record_bytes / 1000:.0f}", spec.weights.split(":")[0], spec.licence,
-        )  # fmt: skip
-    console.print(table)
+    show_teachers()
 
 
 def resolve_config(
     workspace: Workspace, *, preset: str | None, teacher: str | None, weights: Path | None, data: str | None,
-    views: int | None, student: str | None, seeds: int | None, executor: str | None, assignments: tuple[str, ...],
+    views: int | None, student: str | None, seeds: int | None, executor: str | None,
+    assignments: tuple[str, ...],
 ) -> PipelineConfig:  # fmt: skip
-    """Settings of a command: a preset, or the recipe of a newly named teacher, or the settings of the command before it;
-    then the options."""
+    """Settings of a command: a preset, or the recipe of a newly named teacher, or those of the command before it; then
+    the options."""
     from distill.config import find_student
     from extract.teachers import find_teacher
 
@@ -214,61 +209,6 @@ def run_stages(config: PipelineConfig, workspace: Workspace, stages: tuple[str, 
     show_results(plan, results)
 
 
-def show_plan(plan: Plan, stages: tuple[str, ...]) -> None:
-    """One line a stage: what will be done, and why."""
-    index = plan.index
-    counts = {split: len(index.split(split)) for split in ("train", "eval")}
-    console.print(
-        f"data: {plan.config.data.path}: {counts['train']:,} images to train on, {counts['eval']:,} held out, "
-        f"{len(index.classes)} classes"
-    )
-    table = Table(box=None, pad_edge=False, show_header=False)
-    for name in stages:
-        item = plan.stages[name]
-        style = {"skip": "dim", "run": "bold", "resume": "bold"}[item.action]
-        table.add_row(name, item.action, item.reason, style=style)
-    console.print(table)
-    if "extract" in stages and plan.stages["extract"].action != "skip":
-        console.print(_store_size(plan, counts["train"]))
-
-
-def _store_size(plan: Plan, images: int) -> str:
-    from extract.teachers import find_teacher
-    from storage.atomic import nearest_existing
-
-    cfg = plan.config.extract
-    features = find_teacher(cfg.teacher).feature_spec(cfg.input_px)
-    needed = images * cfg.views * features.record_bytes
-    status = os.statvfs(nearest_existing(plan.workspace.root))
-    return (
-        f"store: {images:,} images x {cfg.views} views x {features.record_bytes / 1e3:,.0f} kB = {needed / 1e9:,.2f} GB "
-        f"({status.f_bavail * status.f_frsize / 1e9:,.0f} GB free)"
-    )
-
-
-def show_results(plan: Plan, results: dict[str, StageResult]) -> None:
-    """The table a run ends with, or the facts of the stages that ran."""
-    for name, result in results.items():
-        if name in ("extract", "distill"):
-            console.print(f"{name}: {plan.stages[name].folder} ({short(result.fingerprint)})", soft_wrap=True)
-    rows = result_rows(results)
-    if rows:
-        console.print(_results_table(rows))
-    for sentence in findings(results):
-        console.print(sentence)
-    if "report" in results:
-        console.print(f"report: {plan.workspace.root / 'report.html'}")
-
-
-def _results_table(rows: list[Row]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for title, justify in (("", "left"), ("accuracy %", "right"), ("n", "right"), ("seeds", "right"), ("seconds", "right")):
-        table.add_column(title, justify=justify)  # type: ignore[arg-type]
-    for row in rows:
-        table.add_row(row.name, row.accuracy_text, str(row.n), str(len(row.accuracies)), f"{row.seconds:,.0f}")
-    return table
-
-
 def main() -> None:
     """Run a command; every error becomes one line and an exit code (0 done, 1 our bug, 2 settings or data, 3 finished
     with quarantined jobs, 4 busy, 6 damaged, 130 interrupted)."""
@@ -281,7 +221,10 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (Interrupted, KeyboardInterrupt):
-        errors.print(f"\ninterrupted; everything finished so far is kept. Go on with: {provenance.command_line()}", soft_wrap=True)
+        errors.print(
+            f"\ninterrupted; everything finished so far is kept. Go on with: {provenance.command_line()}",
+            soft_wrap=True,
+        )
         sys.exit(130)
     except DecantError as error:
         errors.print(f"error: {error}", soft_wrap=True, markup=False)
@@ -290,5 +233,9 @@ def main() -> None:
     except Exception as error:
         path = Path("decant-crash.txt")
         write_file(path, traceback.format_exc().encode())
-        errors.print(f"bug: {type(error).__name__}: {error} (traceback in {path}); please report it with that file", soft_wrap=True, markup=False)
+        errors.print(
+            f"bug: {type(error).__name__}: {error} (traceback in {path}); please report it with that file",
+            soft_wrap=True,
+            markup=False,
+        )
         sys.exit(1)

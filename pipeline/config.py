@@ -18,7 +18,7 @@ class DataConfig(Schema):
     """Which images."""
 
     path: str | None = None
-    """A folder of class folders, or tars of images (WebDataset); `train` and `val` parts are used where there are any."""
+    """A folder of class folders, or tars of images (WebDataset); `train` and `val` parts are used if there are any."""
     eval_fraction: float = Field(default=0.2, ge=0, lt=1)
     """Share of each class that is held out for evaluation where the data has no `val` part of its own."""
     split_seed: int = 0
@@ -44,13 +44,11 @@ class PipelineConfig(Schema):
     @property
     def extract_eval(self) -> ExtractConfig:
         """The same teacher on the held-out images, one centred view each."""
-        return self.extract.model_copy(
-            update={"split": "eval", "views": 1, "sampler": self.finetune.eval_sampler}
-        )  # fmt: skip
+        return self.extract.model_copy(update={"split": "eval", "views": 1, "sampler": self.finetune.eval_sampler})
 
 
 def apply_overrides(config: PipelineConfig, overrides: Iterable[tuple[str, Any]]) -> PipelineConfig:
-    """Change settings by dotted name, as `--set distill.epochs=30` does. Text values are read as JSON where they are JSON.
+    """Change settings by dotted name, as `--set distill.epochs=30` does. Text is read as JSON where it is JSON.
 
     Raises:
         ConfigError: an unknown name (the nearest is offered), or a value of the wrong kind.

@@ -27,7 +27,9 @@ def prepare_solar_cells(target: Path) -> Path:
         return target
     found = importlib.util.find_spec("elpv_dataset")
     if found is None or found.origin is None:
-        raise InputError("the demo's photographs come with the package elpv-dataset: `pip install elpv-dataset`, or `make setup`")
+        raise InputError(
+            "the demo's photographs come with the package elpv-dataset: `pip install elpv-dataset`, or `make setup`"
+        )
     source = Path(found.origin).parent / "data"
     private = private_name(target)
     try:
@@ -48,4 +50,6 @@ def _labels(path: Path) -> list[tuple[str, float]]:
     try:
         return [(file, float(probability)) for file, probability, *_ in rows]
     except ValueError as error:
-        raise DamagedError(f"{path} is not a list of <file> <probability> <type> ({error}); reinstall elpv-dataset") from error
+        raise DamagedError(
+            f"{path} is not a list of <file> <probability> <type> ({error}); reinstall elpv-dataset"
+        ) from error

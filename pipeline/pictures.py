@@ -34,7 +34,9 @@ def curve_svg(title: str, ylabel: str, curves: Sequence[tuple[str, str, Sequence
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "decant", "font.family": "sans-serif", "font.size": 10}):
+    with plt.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": "decant", "font.family": "sans-serif", "font.size": 10}
+    ):
         figure, axes = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
         seen = set()
         for label, colour, history in curves:
@@ -57,7 +59,9 @@ def curve_svg(title: str, ylabel: str, curves: Sequence[tuple[str, str, Sequence
 
 
 def distill_curve(metrics: Mapping[str, Any]) -> str:
-    return curve_svg("Distillation", "smooth L1 on whitened tokens", [("student", COLOURS["distill"], metrics["history"])])
+    return curve_svg(
+        "Distillation", "smooth L1 on whitened tokens", [("student", COLOURS["distill"], metrics["history"])]
+    )
 
 
 def finetune_curve(metrics: Mapping[str, Any]) -> str:
@@ -83,8 +87,8 @@ def token_pictures(path: Path) -> list[TokenPicture]:
     teacher_BT3, student_BT3 = principal_colours(teacher_BTC, student_BTC)
     return [
         TokenPicture(
-            str(key), _data_uri(image), _data_uri(teacher.reshape(*grid_hw, 3)), _data_uri(student.reshape(*grid_hw, 3)),
-            _mean_cosine(teacher_TC, student_TC),
+            str(key), _data_uri(image), _data_uri(teacher.reshape(*grid_hw, 3)),
+            _data_uri(student.reshape(*grid_hw, 3)), _mean_cosine(teacher_TC, student_TC),
         )
         for key, image, teacher, student, teacher_TC, student_TC in zip(
             arrays["keys"], arrays["images_BHWC"], teacher_BT3, student_BT3, teacher_BTC, student_BTC, strict=True

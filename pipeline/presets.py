@@ -125,7 +125,11 @@ def smoke() -> PipelineConfig:
                 teacher="toy", views=2, records_per_shard=8, run=ExecutionConfig(executor="inline", batch_size=8)
             ),
             "distill": DistillConfig(
-                student=find_student("toy"), epochs=4, batch_size=8, optim=OptimConfig(base_lr=3e-2, warmup_epochs=1), run=run
+                student=find_student("toy"),
+                epochs=4,
+                batch_size=8,
+                optim=OptimConfig(base_lr=3e-2, warmup_epochs=1),
+                run=run,
             ),
             "finetune": base.finetune.model_copy(update={"seeds": (0,), "epochs": 2, "batch_size": 8, "run": run}),
             "evaluate": EvaluateConfig(iterations=20, pictures=2, run=run),

@@ -60,7 +60,8 @@ class _Lines:
         self.last = now
         rate = (self.done - self.first) / max(1e-9, now - self.began)
         left = (self.total - self.done) / rate if rate else 0
-        text = f"{self.name}: {self.done:,}/{self.total:,} {self.unit}  {_rate(rate, self.unit)}  {_facts(facts)}  eta {_clock(left)}"
+        counted = f"{self.name}: {self.done:,}/{self.total:,} {self.unit}"
+        text = f"{counted}  {_rate(rate, self.unit)}  {_facts(facts)}  eta {_clock(left)}"
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def say(self, message: str) -> None:

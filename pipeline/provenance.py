@@ -26,7 +26,12 @@ def code_version() -> str:
     root = Path(__file__).resolve().parent.parent
     try:
         text = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True, timeout=10
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
         )
         if text.returncode == 0 and (root / ".git").exists():
             return text.stdout.strip()

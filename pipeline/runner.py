@@ -48,7 +48,7 @@ class Plan(NamedTuple):
 
     config: PipelineConfig
     workspace: Workspace
-    index: ImageIndex
+    images: ImageIndex
     data_path: Path
     stages: dict[str, StagePlan]
 
@@ -81,7 +81,12 @@ def make_plan(
 
 
 def _plan_stage(
-    stage: Stage, config: PipelineConfig, workspace: Workspace, index: ImageIndex, plans: dict[str, StagePlan], again: bool
+    stage: Stage,
+    config: PipelineConfig,
+    workspace: Workspace,
+    index: ImageIndex,
+    plans: dict[str, StagePlan],
+    again: bool,
 ) -> StagePlan:
     settings = stage.config(config)
     inputs = {name: plans[name].fingerprint for name in stage.needs}
@@ -141,9 +146,7 @@ def _find_damage(folder: Path) -> str:
     return f"{len(lost)} of {len(manifest.shards)} shards are damaged or gone (first {lost[0]})" if lost else ""
 
 
-def _why_new(
-    stage: Stage, workspace: Workspace, identity: dict[str, object], inputs: dict[str, str]
-) -> str:
+def _why_new(stage: Stage, workspace: Workspace, identity: dict[str, object], inputs: dict[str, str]) -> str:
     earlier = workspace.results(stage)
     if not earlier:
         return "not run before"

@@ -15,8 +15,6 @@ class Stage(NamedTuple):
     name: str
     command: str
     """The command that runs it."""
-    verb: str
-    """What it makes, for the plan."""
     module: str
     """Dotted path of the module with its `run`; imported only when the stage runs."""
     version: int
@@ -34,28 +32,31 @@ STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage(
-            "extract", "extract", "teacher tokens of the training images", "extract.run", 1, lambda c: c.extract, (), "train",
-            "stores", lambda c: c.extract.teacher,
+            name="extract", command="extract", module="extract.run", version=1, config=lambda c: c.extract,
+            needs=(), data="train", folder="stores", label=lambda c: c.extract.teacher,
         ),
         Stage(
-            "extract_eval", "evaluate", "teacher tokens of the held-out images", "extract.run", 1, lambda c: c.extract_eval, (),
-            "eval", "stores", lambda c: f"{c.extract.teacher}-eval",
+            name="extract_eval", command="evaluate", module="extract.run", version=1, config=lambda c: c.extract_eval,
+            needs=(), data="eval", folder="stores", label=lambda c: f"{c.extract.teacher}-eval",
         ),
         Stage(
-            "distill", "distill", "a student from the store", "distill.run", 1, lambda c: c.distill, ("extract",), None,
-            "students", lambda c: f"{c.extract.teacher}-w{c.distill.student.width}-d{c.distill.student.depth}",
+            name="distill", command="distill", module="distill.run", version=1, config=lambda c: c.distill,
+            needs=("extract",), data=None, folder="students",
+            label=lambda c: f"{c.extract.teacher}-w{c.distill.student.width}-d{c.distill.student.depth}",
         ),
         Stage(
-            "finetune", "finetune", "labels, from scratch and from the student", "finetune.run", 1, lambda c: c.finetune,
-            ("distill",), "all", "finetune", lambda c: c.extract.teacher,
+            name="finetune", command="finetune", module="finetune.run", version=1, config=lambda c: c.finetune,
+            needs=("distill",), data="all", folder="finetune", label=lambda c: c.extract.teacher,
         ),
         Stage(
-            "evaluate", "evaluate", "frozen features, student against teacher", "finetune.evaluate", 1, lambda c: c.evaluate,
-            ("extract", "extract_eval", "distill"), "all", "evaluate", lambda c: c.extract.teacher,
+            name="evaluate", command="evaluate", module="finetune.evaluate", version=1, config=lambda c: c.evaluate,
+            needs=("extract", "extract_eval", "distill"), data="all", folder="evaluate",
+            label=lambda c: c.extract.teacher,
         ),
         Stage(
-            "report", "report", "a table and a page", "pipeline.report", 1, lambda c: c.report,
-            ("extract", "distill", "finetune", "evaluate"), None, "reports", lambda c: c.extract.teacher,
+            name="report", command="report", module="pipeline.report", version=1, config=lambda c: c.report,
+            needs=("extract", "distill", "finetune", "evaluate"), data=None, folder="reports",
+            label=lambda c: c.extract.teacher,
         ),
     )
 }  # fmt: skip

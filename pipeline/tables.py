@@ -73,7 +73,7 @@ def findings(results: Mapping[str, StageResult]) -> list[str]:
         sentences.append(
             f"After feature distillation the same student scores {abs(gain):.1f} points "
             f"{'more' if gain >= 0 else 'less'} than from scratch (mean of {seeds} seed{'s' if seeds > 1 else ''}, "
-            f"n = {scratch.n}; one standard error of such a difference on {scratch.n} images is about {noise:.1f} points)."
+            f"n = {scratch.n}; the standard error of such a difference is about {noise:.1f} points)."
         )
     if "evaluate" in results:
         held_out = results["evaluate"].metrics["held_out"]

@@ -1,11 +1,11 @@
 """What lies where in a work folder.
 
-    runs/current.json            the settings of the last command; the next one starts from them
-    runs/data/<name>-<id>.json   image lists
-    runs/stores/<teacher>-<id>/  one folder a stage's result; <id> begins its fingerprint
-    runs/students/  runs/finetune/  runs/evaluate/  runs/reports/
-    runs/report.html             the newest report
-    runs/cache/                  digests of images; may be deleted
+runs/current.json            the settings of the last command; the next one starts from them
+runs/data/<name>-<id>.json   image lists
+runs/stores/<teacher>-<id>/  one folder a stage's result; <id> begins its fingerprint
+runs/students/  runs/finetune/  runs/evaluate/  runs/reports/
+runs/report.html             the newest report
+runs/cache/                  digests of images; may be deleted
 """
 
 import os

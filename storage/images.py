@@ -138,7 +138,9 @@ class TarImages:
         for tar in self.tars:
             entries.extend(self._scan(tar))
         if not entries:
-            raise InputError(f"no image in {len(self.tars)} tar(s) at {self.tars[0].parent}; expected <key>.jpg, <key>.cls")
+            raise InputError(
+                f"no image in {len(self.tars)} tar(s) at {self.tars[0].parent}; expected <key>.jpg, <key>.cls"
+            )
         return entries
 
     def _scan(self, tar: Path) -> Iterator[ImageEntry]:
@@ -206,7 +208,7 @@ def decode_image(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
+            image: Image.Image = Image.open(io.BytesIO(data))
             width, height = image.size
             if width * height > MAX_IMAGE_PIXELS:
                 raise BadImageError(f"{width} x {height} pixels, more than the limit of {MAX_IMAGE_PIXELS:,}")
@@ -221,4 +223,6 @@ def decode_image(data: bytes) -> Image.Image:
     except UnidentifiedImageError as error:  # its own text holds a memory address: not the same in two runs
         raise BadImageError("not an image of a known kind") from error
     except Exception as error:  # Pillow's plugins raise almost anything on damaged files
-        raise BadImageError(f"cannot be decoded: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        raise BadImageError(
+            f"cannot be decoded: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,7 +110,9 @@ class FeatureReader:
                 for position in np.flatnonzero(shards_B == shard_number):
                     offset = int(shard.offsets_R[slots_B[position]])
                     if offset < 0:
-                        raise DamagedError(f"record {records_B[position]} of {self.root} is a hole: its image was unusable")
+                        raise DamagedError(
+                            f"record {records_B[position]} of {self.root} is a hole: its image was unusable"
+                        )
                     crc = bytearray(CRC_BYTES)
                     target = memoryview(out_BTC[position]).cast("B")
                     got = os.preadv(descriptor, [target, crc], offset)
@@ -188,7 +190,7 @@ class FeatureReader:
         views = self._small("views", index, "<i4", (capacity, len(zarr_format.VIEW_FIELDS)))
         return _Shard(path, offsets, views)
 
-    def _small(self, array: str, shard: int, dtype: str, shape: tuple[int, int]) -> NDArray[np.generic]:
+    def _small(self, array: str, shard: int, dtype: str, shape: tuple[int, int]) -> NDArray[Any]:
         path = self.root / zarr_format.chunk_name(array, shard)
         try:
             data = path.read_bytes()

@@ -1,7 +1,7 @@
 """Views: which part of an image is looked at, and its pixels.
 
-A view is a deterministic function of (seed, image key, view index), so any process draws the same one. It is stored with
-the tokens that belong to it and never drawn again: a teacher's map must not be flipped or cropped afterwards.
+A view is a deterministic function of (seed, image key, view index), so any process draws the same one. It is stored
+with the tokens that belong to it and never drawn again: a teacher's map must not be flipped or cropped afterwards.
 """
 
 import hashlib

@@ -1,11 +1,11 @@
-"""Writing a store. A shard is written privately, checked, fsynced, published by rename; then its receipt makes it exist.
+"""Writing a store. A shard is written privately, fsynced, published by rename; then its receipt makes it exist.
 
-    plan.json          frozen; two plans never share a folder
-    images.json        ordered keys, labels, digests
-    zarr.json, tokens/ token_mean/ token_std/ views/
-    receipts/00017.json
-    attempts/          private; swept when extraction starts
-    manifest.json      last
+plan.json          frozen; two plans never share a folder
+images.json        ordered keys, labels, digests
+zarr.json, tokens/ token_mean/ token_std/ views/
+receipts/00017.json
+attempts/          private; swept when extraction starts
+manifest.json      last
 """
 
 import shutil
@@ -16,7 +16,16 @@ import numpy as np
 from blake3 import blake3
 
 from storage import zarr_format
-from storage.atomic import create_file, disk_errors, fsync_folder, publish, remove_tree, to_json_bytes, write_file, write_private
+from storage.atomic import (
+    create_file,
+    disk_errors,
+    fsync_folder,
+    publish,
+    remove_tree,
+    to_json_bytes,
+    write_file,
+    write_private,
+)
 from storage.errors import ConfigError, DamagedError, DiskError
 from storage.fingerprint import FINGERPRINT_CHARS
 from storage.image_index import ImageList
@@ -106,7 +115,11 @@ class ShardWriter:
         if not np.array_equal(is_present_R, is_expected_R):
             raise AssertionError(f"shard {self.index}: {is_present_R.sum()} records, expected {is_expected_R.sum()}")
         capacity = self.plan.records_per_shard
-        small = {"token_mean": (self._mean_RT, np.nan), "token_std": (self._std_RT, np.nan), "views": (self._views_RF, 0)}
+        small = {
+            "token_mean": (self._mean_RT, np.nan),
+            "token_std": (self._std_RT, np.nan),
+            "views": (self._views_RF, 0),
+        }
         contents = {
             zarr_format.token_shard_name(self.index): list(
                 zarr_format.encode_token_shard(self._tokens_RTC, is_present_R, capacity)

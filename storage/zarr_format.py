@@ -14,6 +14,7 @@ Source of the layout: the Zarr v3 `sharding_indexed` codec specification, index 
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -69,7 +70,7 @@ def encode_chunk(values: NDArray[np.generic]) -> bytes:
     return data + crc32c(data)
 
 
-def decode_chunk(path: Path, data: bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[np.generic]:
+def decode_chunk(path: Path, data: bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
     """The inverse of `encode_chunk`.
 
     Raises:
@@ -123,7 +124,8 @@ def pad_records(values: NDArray[np.generic], capacity: int, fill: float) -> NDAr
 
 def is_hole_R(views_RF: NDArray[np.int32]) -> NDArray[np.bool_]:
     """A view without height holds no tokens."""
-    return views_RF[:, VIEW_FIELDS.index("height")] == 0
+    is_hole: NDArray[np.bool_] = views_RF[:, VIEW_FIELDS.index("height")] == 0
+    return is_hole
 
 
 def all_files(plan: StorePlan, index: int) -> Sequence[str]:

@@ -1,0 +1,87 @@
+# Every command is `python -m pipeline <command>`; variables become options of the same name.
+#   make extract TEACHER=clip-l DATA=/data/imagenet VIEWS=4 SET="extract.sampler.min_scale=0.08 distill.epochs=300"
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+PRESET ?=
+TEACHER ?=
+WEIGHTS ?=
+DATA ?=
+VIEWS ?=
+STUDENT ?=
+SEEDS ?=
+EXECUTOR ?=
+WORK ?=
+FORCE ?=
+SET ?=
+
+option = $(if $($(2)),--$(1) '$($(2))')
+OPTIONS = $(strip $(call option,preset,PRESET) $(call option,teacher,TEACHER) $(call option,weights,WEIGHTS) \
+	$(call option,data,DATA) $(call option,views,VIEWS) $(call option,student,STUDENT) $(call option,seeds,SEEDS) \
+	$(call option,executor,EXECUTOR) $(call option,work,WORK) $(if $(FORCE),--force) $(foreach pair,$(SET),--set '$(pair)'))
+PIPELINE = @$(BIN)/python -m pipeline
+
+STAGE_COMMANDS := demo run plan extract distill finetune evaluate report
+.PHONY: help setup test check fix bench clean $(STAGE_COMMANDS) status verify teachers
+
+help: ## this list
+	@echo "usage: make <command> [TEACHER=clip-l] [DATA=<folder>] [VIEWS=4] [STUDENT=vit-b] [SEEDS=3] [PRESET=...]"
+	@echo "                      [WEIGHTS=<file>] [EXECUTOR=ray|inline] [WORK=runs] [FORCE=1] [SET=\"name=value ...\"]"
+	@echo
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## a virtual environment with everything; the only install step
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else \
+	  f"error: Python {v[0]}.{v[1]} found at {sys.executable}, expected 3.11, 3.12 or 3.13; name one: make setup PYTHON=python3.12")'
+	@echo "setup: installing into $(VENV) (some minutes the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	@touch $(STAMP)
+	@echo "setup: done"
+
+demo: setup ## the whole path on real photographs with a real teacher, on a laptop CPU
+run: setup ## everything that is not up to date
+plan: setup ## what a run would do, and why; nothing is run
+extract: setup ## fill or resume a store: the teacher's tokens of every view
+distill: setup ## a student from the store; again and again from the same store
+finetune: setup ## fine-tune on the labels, from scratch and from the student
+evaluate: setup ## probe frozen features; compare student and teacher
+report: setup ## the table and the HTML page
+status: setup ## every store, student and result
+verify: setup ## check every byte of the stores against their receipts
+teachers: setup ## the teachers that have a name
+
+$(STAGE_COMMANDS):
+	$(PIPELINE) $@ $(OPTIONS)
+
+status verify:
+	$(PIPELINE) $@ $(call option,work,WORK)
+
+teachers:
+	$(PIPELINE) $@
+
+test: setup ## the tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+check: setup ## format, lint and types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+fix: setup ## apply format and lint fixes
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: setup ## speed as ratios against plain reads and peers
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -o testpaths=tests/bench -o python_files='bench_*.py' -s
+
+clean: ## remove caches; results and the environment stay
+	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -1,0 +1,87 @@
+"""What a command shows: the plan before the work, the table after it."""
+
+import shutil
+
+from rich.console import Console
+from rich.table import Table
+
+from extract.teachers import TEACHERS, find_teacher
+from pipeline.runner import Plan
+from pipeline.tables import Row, findings, result_rows
+from storage.atomic import nearest_existing
+from storage.fingerprint import short
+from storage.stage import StageResult
+
+console = Console(highlight=False)
+
+
+def show_plan(plan: Plan, stages: tuple[str, ...]) -> None:
+    """One line a stage: what will be done, and why."""
+    index = plan.images
+    counts = {split: len(index.split(split)) for split in ("train", "eval")}
+    console.print(
+        f"data: {plan.config.data.path}: {counts['train']:,} images to train on, {counts['eval']:,} held out, "
+        f"{len(index.classes)} classes"
+    )
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name in stages:
+        item = plan.stages[name]
+        style = {"skip": "dim", "run": "bold", "resume": "bold"}[item.action]
+        table.add_row(name, item.action, item.reason, style=style)
+    console.print(table)
+    if "extract" in stages and plan.stages["extract"].action != "skip":
+        console.print(_store_size(plan, counts["train"]))
+
+
+def _store_size(plan: Plan, images: int) -> str:
+    cfg = plan.config.extract
+    features = find_teacher(cfg.teacher).feature_spec(cfg.input_px)
+    needed = images * cfg.views * features.record_bytes
+    free = shutil.disk_usage(nearest_existing(plan.workspace.root)).free
+    return (
+        f"store: {images:,} images x {cfg.views} views x {features.record_bytes / 1e3:,.0f} kB = {needed / 1e9:,.2f} GB; "
+        f"{free / 1e9:,.0f} GB are free"
+    )
+
+
+def show_results(plan: Plan, results: dict[str, StageResult]) -> None:
+    """The table a run ends with, or the facts of the stages that ran."""
+    for name, result in results.items():
+        if name in ("extract", "distill"):
+            console.print(f"{name}: {plan.stages[name].folder} ({short(result.fingerprint)})", soft_wrap=True)
+    rows = result_rows(results)
+    if rows:
+        console.print(_results_table(rows))
+    for sentence in findings(results):
+        console.print(sentence)
+    if "report" in results:
+        console.print(f"report: {plan.workspace.root / 'report.html'}")
+
+
+def _results_table(rows: list[Row]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for title, justify in (
+        ("", "left"),
+        ("accuracy %", "right"),
+        ("n", "right"),
+        ("seeds", "right"),
+        ("seconds", "right"),
+    ):
+        table.add_column(title, justify=justify)  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(row.name, row.accuracy_text, str(row.n), str(len(row.accuracies)), f"{row.seconds:,.0f}")
+    return table
+
+
+def show_teachers() -> None:
+    """The teachers that have a name."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("teacher", "px", "grid", "channels", "kB a view", "licence", "library, model"):
+        table.add_column(title, no_wrap=title != "library, model", overflow="fold")
+    for spec in TEACHERS.values():
+        features = spec.feature_spec()
+        table.add_row(
+            spec.name, str(spec.input_px), "x".join(map(str, features.grid_hw)), str(spec.channels),
+            f"{features.record_bytes / 1000:.0f}", spec.licence, f"{spec.library}, {spec.model}",
+        )  # fmt: skip
+    console.print(table)

@@ -1,0 +1,150 @@
+"""Fixtures: small image folders, stores that need no teacher, the smoke pipeline."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads would only wait for each other
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.pop("RAY_ADDRESS", None)  # never join somebody's cluster
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from storage.image_index import ImageIndex, ImageList, build_index, save_index
+from storage.records import FeatureRecord, FeatureSpec, ImageKey, StorePlan
+from storage.views import CentreCrop, RandomResizedCrop, Renderer
+from storage.writer import ShardWriter, create_store, finish_store
+
+MakeImages = Callable[..., Path]
+
+
+@pytest.fixture
+def make_images(tmp_path: Path) -> MakeImages:
+    """Make a folder of class folders with small random pictures; `dark` and `light` can be told apart."""
+
+    def make(name: str = "images", *, classes: tuple[str, ...] = ("dark", "light"), per_class: int = 10) -> Path:
+        root = tmp_path / name
+        for number, class_name in enumerate(classes):
+            (root / class_name).mkdir(parents=True)
+            for image in range(per_class):
+                generator = np.random.default_rng([number, image])
+                height, width = generator.integers(40, 64, 2)
+                pixels = generator.integers(0, 120, (height, width, 3)) + (number % 2) * 120
+                Image.fromarray(pixels.astype(np.uint8)).save(root / class_name / f"{image:03d}.png")
+        return root
+
+    return make
+
+
+@pytest.fixture
+def make_index(make_images: MakeImages, tmp_path: Path) -> Callable[..., tuple[Path, ImageIndex]]:
+    """Index a folder of pictures; gives the index file and the index."""
+
+    def make(root: Path | None = None, *, eval_fraction: float = 0.2, **images: object) -> tuple[Path, ImageIndex]:
+        index = build_index(
+            str(root or make_images(**images)), eval_fraction=eval_fraction, seed=0, cache_dir=tmp_path / "cache"
+        )
+        path = tmp_path / "data.json"
+        save_index(path, index)
+        return path, index
+
+    return make
+
+
+@pytest.fixture
+def image_list() -> Callable[[int], ImageList]:
+    """Names without files."""
+
+    def make(count: int) -> ImageList:
+        return ImageList(
+            location="", classes=("a",), keys=tuple(f"a/{n:04d}.png" for n in range(count)), labels=(0,) * count,
+            digests=tuple(f"digest-{n}" for n in range(count)),
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def store_plan() -> Callable[..., StorePlan]:
+    """A plan for a store of made-up tokens."""
+
+    def make(images: ImageList, **changes: object) -> StorePlan:
+        values = {
+            "features": FeatureSpec(teacher="made-up", num_prefix_tokens=1, grid_hw=(2, 3), channels=8),
+            "whitening": {"kind": "layer_norm", "eps": 1e-5},
+            "sampler": CentreCrop().to_json(),
+            "renderer": Renderer().describe(),
+            "images_fingerprint": images.fingerprint,
+            "teacher_fingerprint": "weights",
+            "teacher": {},
+            "num_images": len(images),
+            "views_per_image": 2,
+            "images_per_shard": 3,
+        } | changes
+        return StorePlan.model_validate(values)
+
+    return make
+
+
+def made_up_record(plan: StorePlan, key: str, view_index: int, seed: int = 0) -> FeatureRecord:
+    """Random tokens that belong to (key, view index)."""
+    generator = np.random.default_rng([seed, view_index, *key.encode()])
+    tokens = plan.features.num_tokens
+    return FeatureRecord(
+        ImageKey(key), view_index, RandomResizedCrop().view(key, view_index, (50, 60)),
+        generator.normal(size=plan.features.shape_TC).astype(np.float16),
+        generator.normal(size=tokens).astype(np.float32), generator.uniform(0.5, 2, tokens).astype(np.float32),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def fill_shard() -> Callable[..., ShardWriter]:
+    """A writer with all records of one shard, not committed."""
+
+    def fill(
+        root: Path, plan: StorePlan, images: ImageList, index: int, *, bad: tuple[str, ...] = (), seed: int = 0
+    ) -> ShardWriter:
+        writer = ShardWriter(root, plan, index, images.keys)
+        for key in writer.keys:
+            if key in bad:
+                writer.mark_bad(key, "made up to be bad")
+                continue
+            for view in range(plan.views_per_image):
+                writer.append(made_up_record(plan, key, view, seed))
+        return writer
+
+    return fill
+
+
+@pytest.fixture
+def make_store(tmp_path: Path, image_list, store_plan, fill_shard):  # type: ignore[no-untyped-def]
+    """A finished store of made-up tokens: (root, plan, images)."""
+
+    def make(name: str = "store", *, num_images: int = 8, bad: tuple[int, ...] = (), **changes: object):  # type: ignore[no-untyped-def]
+        root, images = tmp_path / name, image_list(num_images)
+        plan = store_plan(images, **changes)
+        create_store(root, plan, images)
+        for index in range(plan.num_shards):
+            fill_shard(root, plan, images, index, bad=tuple(images.keys[n] for n in bad)).commit()
+        finish_store(root)
+        return root, plan, images
+
+    return make
+
+
+@pytest.fixture
+def tree_bytes() -> Callable[[Path], dict[str, bytes]]:
+    """Every file below a folder with its bytes, leaving out locks and states."""
+
+    def read(root: Path) -> dict[str, bytes]:
+        passed_over = {"LOCK", "result.json", "state.json"}
+        return {
+            str(path.relative_to(root)): path.read_bytes()
+            for path in sorted(root.rglob("*"))
+            if path.is_file() and path.name not in passed_over
+        }
+
+    return read
