@@ -8,5 +8,6 @@ student.py     the student and its projector
 loss.py        the loss
 optim.py       parameter groups, learning rate as a function of the step
 checkpoint.py  atomic, hashed checkpoints; the newest valid one wins
-run.py         the stage, with the loop in it
+loop.py        the training loop, which fine-tuning runs too
+run.py         the stage
 """

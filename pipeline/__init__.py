@@ -11,5 +11,6 @@ demo_data.py   the demo's photographs as a folder of class folders
 tables.py      results to a table on the screen
 pictures.py    curves and token pictures for the report
 report.py      the report stage: one self-contained HTML page
+screen.py      what a command shows: the plan, the table
 cli.py         the commands
 """

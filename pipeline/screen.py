@@ -38,8 +38,8 @@ def _store_size(plan: Plan, images: int) -> str:
     features = find_teacher(cfg.teacher).feature_spec(cfg.input_px)
     needed = images * cfg.views * features.record_bytes
     free = shutil.disk_usage(nearest_existing(plan.workspace.root)).free
-    a_view = f"{features.record_bytes / 1e3:,.0f} kB"
-    return f"store: {images:,} images x {cfg.views} views x {a_view} = {needed / 1e9:,.2f} GB; {free / 1e9:,.0f} GB are free"
+    needs = f"{images:,} images x {cfg.views} views x {features.record_bytes / 1e3:,.0f} kB = {needed / 1e9:,.2f} GB"
+    return f"store: {needs}; {free / 1e9:,.0f} GB are free"
 
 
 def show_results(plan: Plan, results: dict[str, StageResult]) -> None:
