@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from distill.optim import load_optimizer_tensors, optimizer_tensors
-from storage.atomic import private_name, publish, to_json_bytes, write_file, write_private
+from storage.atomic import private_name, publish, remove_tree, to_json_bytes, write_file, write_private
 from storage.errors import DamagedError
-from storage.fingerprint import digest_bytes, digest_file
+from storage.fingerprint import digest_bytes, digest_file, digest_json
 from storage.schema import Schema
 
 KEEP = 2
@@ -26,8 +26,9 @@ class CheckpointHead(Schema):
     step: int
     run_digest: str
     """Of everything that must be the same to go on: settings and inputs."""
-    digest: str
     facts: dict[str, Any]
+    digest: str
+    """Over all of the above and the tensors."""
 
 
 class Checkpoint(NamedTuple):
@@ -44,8 +45,10 @@ def save_checkpoint(
     run_digest: str,
     facts: Mapping[str, Any],
 ) -> None:
-    """Save the state after `step` steps and drop all but the newest two."""
+    """Save the state after `step` steps and drop all but the newest two, and what killed writers left."""
     folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".*.partial"):
+        leftover.unlink(missing_ok=True)
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors(optimizer)}
     data = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
@@ -56,11 +59,19 @@ def save_checkpoint(
         publish(private, path)
     finally:
         private.unlink(missing_ok=True)
-    head = CheckpointHead(step=step, run_digest=run_digest, digest=digest_bytes(data), facts=dict(facts))
+    digest = _digest(step, run_digest, facts, digest_bytes(data))
+    head = CheckpointHead(step=step, run_digest=run_digest, facts=dict(facts), digest=digest)
     write_file(path.with_suffix(".json"), to_json_bytes(head.to_json()))
-    for old in sorted(folder.glob("step-*.json"))[:-KEEP]:
-        old.unlink()
-        old.with_suffix(".safetensors").unlink(missing_ok=True)
+    heads = sorted(folder.glob("step-*.json"))
+    kept = [head for head in heads if head.stem <= path.stem][-KEEP:]  # later steps are another run's, or damaged
+    for old in heads:
+        if old not in kept:
+            old.unlink()
+            old.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+def _digest(step: int, run_digest: str, facts: Mapping[str, Any], tensors_digest: str) -> str:
+    return digest_json([step, run_digest, dict(facts), tensors_digest])
 
 
 def load_checkpoint(folder: Path, run_digest: str, say: Callable[[str], None]) -> Checkpoint | None:
@@ -69,11 +80,10 @@ def load_checkpoint(folder: Path, run_digest: str, say: Callable[[str], None]) -
         tensors_path = head_path.with_suffix(".safetensors")
         try:
             head = CheckpointHead.from_file(head_path, head_path.read_bytes())
-            if head.run_digest != run_digest:
-                continue
-            if digest_file(tensors_path) != head.digest:
+            if _digest(head.step, head.run_digest, head.facts, digest_file(tensors_path)) != head.digest:
                 raise DamagedError("its digest is wrong")
-            return Checkpoint(head.step, head.facts, safetensors.torch.load_file(tensors_path))
+            if head.run_digest == run_digest:
+                return Checkpoint(head.step, head.facts, safetensors.torch.load_file(tensors_path))
         except (DamagedError, OSError, safetensors.SafetensorError) as error:
             say(f"checkpoint {head_path.name} is damaged ({error}); falling back to the one before")
     return None
@@ -109,5 +119,4 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def remove_checkpoints(folder: Path) -> None:
     """A finished run needs none."""
-    for path in folder.glob("step-*"):
-        path.unlink()
+    remove_tree(folder)

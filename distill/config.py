@@ -67,7 +67,7 @@ class TrainRunConfig(Schema):
     prefetch: int = Field(default=4, ge=1)
     """Batches made ahead."""
     image_cache_mb: int = Field(default=1024, ge=0)
-    """Decoded images are kept in memory while all of them fit into this; 0 never."""
+    """Decoded images are kept in memory until they fill this; 0 keeps none."""
     checkpoint_seconds: float = Field(default=300.0, gt=0)
 
 

@@ -61,7 +61,9 @@ class TrainingLog:
     wait_seconds: float = 0.0
     """Of them, waiting for data."""
     history: list[dict[str, float]] = field(default_factory=list)
-    """Mean loss and learning rate since the point before."""
+    """Mean loss since the point before, and the learning rate."""
+    recent: list[float] = field(default_factory=list)
+    """Losses since the newest point; kept, so that the curve does not depend on where a run was cut."""
     resumed_at: list[int] = field(default_factory=list)
 
 
@@ -92,7 +94,6 @@ def train(run: Training, progress: Progress, stop: StopRequest) -> TrainingLog:
     run.model.train()
     clock = _Clock()
     every = max(1, run.num_steps // HISTORY_POINTS)
-    losses: list[float] = []
     for batch in run.batches(start):
         step = batch.step
         log.wait_seconds += clock.waited()
@@ -103,19 +104,16 @@ def train(run: Training, progress: Progress, stop: StopRequest) -> TrainingLog:
         run.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.clip_grad)
-        losses.append(loss.item())
-        _refuse_non_finite(run, batch, losses[-1], float(grad_norm))
+        log.recent.append(loss.item())
+        _refuse_non_finite(run, batch, log.recent[-1], float(grad_norm))
         run.optimizer.step()
 
         done = step + 1
         if done % every == 0 or done == run.num_steps:
-            log.history.append({"step": done, "loss": sum(losses) / len(losses), "lr": lr})
-            losses.clear()
+            log.history.append({"step": done, "loss": sum(log.recent) / len(log.recent), "lr": lr})
+            log.recent.clear()
         progress.advance(1, loss=f"{loss.item():.4f}", lr=f"{lr:.1e}")
         if stop or time.monotonic() - clock.saved > run.checkpoint_seconds:
-            if losses:  # the next curve point must not depend on where a run was cut
-                log.history.append({"step": done, "loss": sum(losses) / len(losses), "lr": lr})
-                losses.clear()
             save(done)
             stop.check()
         clock.tick()

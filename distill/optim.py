@@ -33,7 +33,7 @@ def build_optimizer(
             {"params": [], "lr_scale": scale, "weight_decay": cfg.weight_decay if is_decayed else 0.0},
         )
         group["params"].append(parameter)
-    return torch.optim.AdamW(list(groups.values()), lr=cfg.base_lr, betas=(0.9, 0.999), eps=1e-8)
+    return torch.optim.AdamW(list(groups.values()), lr=cfg.base_lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def learning_rate(step: int, *, cfg: OptimConfig, num_steps: int, steps_per_epoch: float, batch_size: int) -> float:

@@ -15,9 +15,14 @@ Forward = Callable[[Tensor], Tensor]
 """Normalised images (B, 3, H, W) to tokens (B, T, C)."""
 
 
+State = dict[str, Tensor]
+
+
 class _Built(NamedTuple):
     module: nn.Module
     forward: Forward
+    fit: Callable[[State], State] = lambda state: state
+    """Tensors of a weights file to those of the module, as the library itself does it for its own files."""
 
 
 class Teacher:
@@ -63,7 +68,7 @@ def load_teacher(
     path = locate_weights(spec, weights)
     built = BUILDERS[spec.library](spec, input_px or spec.input_px, spec.weights.startswith("hub") and path is None)
     if path is not None:
-        load_weights_file(built.module, spec, path)
+        load_weights_file(built.module, spec, path, built.fit)
     return Teacher(spec, built.module, built.forward, input_px or spec.input_px, choose_device(device))
 
 
@@ -81,16 +86,22 @@ def choose_device(name: str) -> torch.device:
 
 def _build_timm(spec: TeacherSpec, input_px: int, from_hub: bool) -> _Built:
     import timm
+    from timm.models.vision_transformer import checkpoint_filter_fn
 
-    size = {} if spec.tap == "final_map" else {"img_size": input_px}
+    is_map = spec.tap == "last_stage"
+    size = {} if is_map else {"img_size": input_px}
     module: Any = _from_hub(spec, lambda: timm.create_model(spec.model, pretrained=from_hub, **size))
-    if spec.tap == "final_map":
-        return _Built(module, lambda images: module.forward_features(images).flatten(2).transpose(1, 2))
-    return _Built(module, module.forward_features)
+
+    def last_stage(images_BCHW: Tensor) -> Tensor:
+        maps = module.forward_intermediates(images_BCHW, indices=1, intermediates_only=True)
+        return maps[-1].flatten(2).transpose(1, 2)
+
+    return _Built(module, last_stage if is_map else module.forward_features)
 
 
 def _build_open_clip(spec: TeacherSpec, input_px: int, from_hub: bool) -> _Built:
     import open_clip
+    from open_clip.model import resize_pos_embed
 
     tag = spec.weights.partition(":")[2] if from_hub else None
     model: Any = _from_hub(
@@ -105,7 +116,14 @@ def _build_open_clip(spec: TeacherSpec, input_px: int, from_hub: bool) -> _Built
         )  # fmt: skip
         return torch.cat([found["image_intermediates_prefix"][0], found["image_intermediates"][0]], dim=1)
 
-    return _Built(visual, forward)
+    def fit(state: State) -> State:
+        """The image tower's part of a whole CLIP."""
+        resize_pos_embed(state, model)
+        tower = "visual."
+        part = {name.removeprefix(tower): tensor for name, tensor in state.items() if name.startswith(tower)}
+        return part or state
+
+    return _Built(visual, forward, fit)
 
 
 def _from_hub(spec: TeacherSpec, build: Callable[[], nn.Module]) -> nn.Module:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from extract.config import ExecutionConfig
-from storage.errors import DecantError, DiskError
+from storage.errors import ConfigError, DecantError, DiskError
 from storage.records import ShardEntry
 from storage.stage import Interrupted, StopRequest
 
@@ -37,13 +37,17 @@ class FailedJob(NamedTuple):
 class _Attempts:
     """Decides, for every executor alike, whether a failed job is tried again."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, queue: deque[Job], limit: int) -> None:
+        self.queue, self.limit = queue, limit
         self.counts: Counter[Job] = Counter()
 
-    def give_up(self, job: Job) -> bool:
+    def retry(self, job: Job, error: BaseException) -> FailedJob | None:
+        """Put a job back in front of the queue, or give it up."""
         self.counts[job] += 1
-        return self.counts[job] >= self.limit
+        if self.counts[job] >= self.limit:
+            return FailedJob(job, _reason(error))
+        self.queue.appendleft(job)
+        return None
 
 
 def run_jobs(
@@ -77,7 +81,7 @@ def _run_inline(
 ) -> Iterator[ShardEntry | FailedJob]:
     if not queue:
         return
-    worker, attempts = make_worker(), _Attempts(cfg.max_attempts)
+    worker, attempts = make_worker(), _Attempts(queue, cfg.max_attempts)
     while queue:
         stop.check()
         job = queue.popleft()
@@ -86,47 +90,57 @@ def _run_inline(
         except (DecantError, Interrupted):
             raise
         except Exception as error:
-            if attempts.give_up(job):
-                yield FailedJob(job, _reason(error))
-            else:
-                queue.appendleft(job)
+            failed = attempts.retry(job, error)
+            if failed is not None:
+                yield failed
 
 
 class _Actors:
     """The actor pool: who is alive, and who works on what."""
 
-    def __init__(self, make_worker: Callable[[], Worker], cfg: ExecutionConfig) -> None:
+    def __init__(self, make_worker: Callable[[], Worker], cfg: ExecutionConfig, num_jobs: int) -> None:
         import ray
 
         self._ray = ray
         gpus = int(ray.cluster_resources().get("GPU", 0)) if cfg.device != "cpu" else 0
         cpus = int(ray.cluster_resources().get("CPU", 1))
-        self.size = cfg.workers or gpus or max(1, min(8, cpus // cfg.threads))
-        options: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": cfg.threads}
-        if not gpus and self.size * cfg.threads > cpus:
-            raise DecantError(
-                f"{self.size} workers of {cfg.threads} threads need {self.size * cfg.threads} CPUs, Ray has {cpus}; "
-                "lower extract.run.workers"
+        size = cfg.workers or gpus or max(1, min(8, cpus // cfg.threads))
+        unit, each, found = ("GPU", 1, gpus) if gpus else ("CPU", cfg.threads, cpus)
+        if size * each > found:  # Ray would wait for ever for the missing ones
+            raise ConfigError(
+                f"{size} workers need {size * each} {unit}s, Ray has {found}; lower extract.run.workers (or .threads)"
             )
+        self.size = min(size, num_jobs)
+        options: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": cfg.threads}
         self._class = ray.remote(max_restarts=0, max_task_retries=0, **options)(_Actor)
         self._make_worker = make_worker
+        self.running: dict[Any, tuple[Any, Job | None]] = {}
+        """Calls under way, each actor's in order; no job for the one that makes its worker."""
         self.handles = [self._start() for _ in range(self.size)]
-        self.running: dict[Any, tuple[Any, Job]] = {}
 
     def _start(self) -> Any:
-        return self._class.remote(self._make_worker)
+        handle = self._class.remote()
+        self.running[handle.prepare.remote(self._make_worker)] = (handle, None)
+        return handle
+
+    @property
+    def is_busy(self) -> bool:
+        return any(job is not None for _, job in self.running.values())
 
     def feed(self, queue: deque[Job]) -> None:
-        for handle in self.handles:
-            while queue and sum(actor is handle for actor, _ in self.running.values()) < _JOBS_IN_FLIGHT:
-                job = queue.popleft()
-                self.running[handle.run.remote(job)] = (handle, job)
+        """Hand out jobs: one to each actor before any has a second."""
+        for depth in range(1, _JOBS_IN_FLIGHT + 1):
+            for handle in self.handles:
+                if queue and sum(actor is handle for actor, _ in self.running.values()) < depth:
+                    job = queue.popleft()
+                    self.running[handle.run.remote(job)] = (handle, job)
 
-    def replace(self, dead: Any) -> list[Job]:
-        """Start a new actor for a dead one; returns the jobs the dead one held, the one at work first."""
+    def replace(self, dead: Any) -> list[Job | None]:
+        """Start a new actor for a dead one; returns what the dead one held, the call at work first."""
         held = [(ref, job) for ref, (actor, job) in self.running.items() if actor is dead]
         for ref, _ in held:
             del self.running[ref]
+        self._ray.kill(dead)  # one that only cannot be reached would keep its CPU or GPU
         self.handles = [self._start() if handle is dead else handle for handle in self.handles]
         return [job for _, job in held]
 
@@ -136,9 +150,10 @@ class _Actors:
 
 
 class _Actor:
-    """Wraps a worker in a process of its own."""
+    """Wraps a worker in a process of its own. The worker is made by a call of its own, not by the constructor: Ray
+    would hide why it failed, and blame the first job for it."""
 
-    def __init__(self, make_worker: Callable[[], Worker]) -> None:
+    def prepare(self, make_worker: Callable[[], Worker]) -> None:
         self.worker = make_worker()
 
     def run(self, job: Job) -> ShardEntry:
@@ -158,47 +173,40 @@ def _run_on_ray(
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
-        actors, attempts = _Actors(make_worker, cfg), _Attempts(cfg.max_attempts)
+        actors, attempts = _Actors(make_worker, cfg, len(queue)), _Attempts(queue, cfg.max_attempts)
         deaths_in_a_row, max_deaths = 0, 2 * cfg.max_attempts * actors.size
         try:
-            while queue or actors.running:
+            while queue or actors.is_busy:
                 stop.check()
                 actors.feed(queue)
                 ready, _ = ray.wait(list(actors.running), timeout=0.5)
-                for ref in ready:
-                    if ref not in actors.running:
-                        continue  # belonged to an actor that was replaced a moment ago
+                for ref in ready:  # one at most
                     handle, job = actors.running[ref]
+                    outcome: ShardEntry | FailedJob | None = None
                     try:
-                        entry = ray.get(ref)
-                    except RayTaskError as error:
-                        del actors.running[ref]
-                        if isinstance(error.cause, DecantError):
-                            raise error.cause from None
-                        outcome: ShardEntry | FailedJob | None = _retry(job, error.cause or error, queue, attempts)
-                    except RayActorError as error:
-                        deaths_in_a_row += 1
-                        if deaths_in_a_row > max_deaths:
-                            raise DecantError(f"no worker survives; the last one: {_reason(error)}") from error
-                        at_work, *waiting = actors.replace(handle)
-                        queue.extendleft(reversed(waiting))
-                        outcome = find_committed(at_work) or _retry(at_work, error, queue, attempts)
+                        outcome = ray.get(ref)
+                    except (RayTaskError, RayActorError) as error:
+                        cause = getattr(error, "cause", None) or error
+                        if isinstance(cause, DecantError):
+                            raise cause from None
+                        if isinstance(error, RayTaskError) and job is not None:
+                            del actors.running[ref]
+                            outcome = attempts.retry(job, cause)
+                        else:
+                            deaths_in_a_row += 1
+                            if deaths_in_a_row > max_deaths:
+                                raise DecantError(f"no worker survives; the last one: {_reason(cause)}") from error
+                            at_work, *waiting = actors.replace(handle)
+                            queue.extendleft(job for job in reversed(waiting) if job is not None)
+                            if at_work is not None:
+                                outcome = find_committed(at_work) or attempts.retry(at_work, cause)
                     else:
                         del actors.running[ref]
-                        deaths_in_a_row = 0
-                        outcome = entry
+                        deaths_in_a_row = deaths_in_a_row if job is None else 0
                     if outcome is not None:
                         yield outcome
         finally:
             actors.kill()
-
-
-def _retry(job: Job, error: BaseException, queue: deque[Job], attempts: _Attempts) -> FailedJob | None:
-    """Put a job back in front of the queue, or give it up."""
-    if attempts.give_up(job):
-        return FailedJob(job, _reason(error))
-    queue.appendleft(job)
-    return None
 
 
 def _reason(error: BaseException) -> str:
@@ -221,7 +229,7 @@ def _ray_session(cfg: ExecutionConfig) -> Iterator[None]:
     is_main = threading.current_thread() is threading.main_thread()
     sigterm = signal.getsignal(signal.SIGTERM)
     local: dict[str, Any] = {
-        "num_cpus": (cfg.workers or os.cpu_count() or 1) * cfg.threads if cfg.workers else os.cpu_count(),
+        "num_cpus": cfg.workers * cfg.threads or os.cpu_count(),
         "object_store_memory": _OBJECT_STORE_BYTES,
         "include_dashboard": False,
     }
@@ -233,8 +241,9 @@ def _ray_session(cfg: ExecutionConfig) -> Iterator[None]:
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         where = f"the cluster at {cfg.ray_address}" if cfg.ray_address else "a local Ray"
         raise DecantError(f"cannot use {where}: {_reason(error)}; --executor inline needs no Ray") from error
-    if is_main:
-        signal.signal(signal.SIGTERM, sigterm)  # ray.init puts its own handler there
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, sigterm)  # ray.init puts its own handler there
     try:
         yield
     finally:

@@ -57,7 +57,6 @@ def run(
         progress.start(len(images), "images", done=sum(entry.num_images for entry in done.values()))
         make_worker = functools.partial(Worker, cfg, inputs["data"], out_dir)
         failed: list[FailedJob] = []
-        written = 0
         for outcome in run_jobs(
             pending, make_worker, cfg.run, find_committed=functools.partial(read_receipt, out_dir), stop=stop
         ):
@@ -66,7 +65,6 @@ def run(
                 progress.say(f"shard {outcome.job} is given up: {outcome.reason}")
                 continue
             done[outcome.index] = outcome
-            written += outcome.num_bytes
             num_bad = _check_bad(cfg, images, done)
             progress.advance(outcome.num_images, shards=f"{len(done)}/{plan.num_shards}", bad=num_bad)
         if failed:

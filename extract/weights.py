@@ -1,7 +1,7 @@
 """Where a teacher's weights come from, and who they are. Weights files are data: nothing in them is ever executed."""
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,8 +59,13 @@ def tensor_fingerprint(state: "Mapping[str, Tensor]") -> str:
     return digest_parts(parts)
 
 
-def load_weights_file(module: "nn.Module", spec: TeacherSpec, path: Path) -> None:
+def load_weights_file(
+    module: "nn.Module", spec: TeacherSpec, path: Path, fit: "Callable[[dict[str, Tensor]], dict[str, Tensor]]"
+) -> None:
     """Fill a module from a `.safetensors` file or a plain tensor dictionary saved by torch.
+
+    Args:
+        fit: what the teacher's library does to a file of its own before it loads it.
 
     Raises:
         InputError: not such a file, or tensors that do not fit; lists what is missing and what is unexpected.
@@ -72,6 +77,10 @@ def load_weights_file(module: "nn.Module", spec: TeacherSpec, path: Path) -> Non
         tensors = [tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")]
         if len(names) == len(tensors):
             state = dict(zip(names, tensors, strict=True))
+    try:
+        state = fit(state)
+    except Exception as error:  # a library's reshape of a tensor that is quite another
+        raise InputError(f"{path} does not fit teacher {spec.name!r} ({spec.model}): {_first_line(error)}") from error
     counters = {name for name in wanted if name.endswith("num_batches_tracked")}
     missing = [name for name in wanted if name not in state and name not in counters]
     unexpected = [name for name in state if name not in wanted]
@@ -110,7 +119,9 @@ def _read_state(path: Path) -> "dict[str, Tensor]":
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
         raise InputError(f"{path} is not a dictionary of tensors; export the model's state_dict")
     return state
 

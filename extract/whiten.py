@@ -1,6 +1,7 @@
 """Whitening: what makes teachers of different magnitude comparable targets (paper, section 3; the authors' code applies
 a non-affine LayerNorm over the channels of every token, eps 1e-5, in float32)."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,28 +11,32 @@ from storage.errors import DecantError
 
 EPS = 1e-5
 SETTINGS = {"kind": "layer_norm", "eps": EPS}
-_FP16_MAX = 65504.0
 
 
 class Whitened(NamedTuple):
     """`tokens_BTC * std_BT1 + mean_BT1` gives the teacher's tokens back, up to fp16 rounding."""
 
-    tokens_BTC: Tensor  # float16
+    tokens_BTC: Tensor  # float16; never above sqrt(channels), so no clipping is needed
     mean_BT: Tensor  # float32
     std_BT: Tensor  # float32, sqrt(variance + eps)
 
 
-def whiten(tokens_BTC: Tensor) -> Whitened:
+def whiten(tokens_BTC: Tensor, keys: Sequence[str]) -> Whitened:
     """Standardise every token over its channels, in float32.
 
+    Args:
+        keys: the image of each row, for the error.
+
     Raises:
-        DecantError: the teacher gave a value that is not finite.
+        DecantError: the teacher gave a value that is not finite, or tokens too large for a float32 variance.
     """
     raw_BTC = tokens_BTC.float()
-    if not torch.isfinite(raw_BTC).all():
-        bad = (~torch.isfinite(raw_BTC)).flatten(1).any(1).nonzero().flatten().tolist()
-        raise DecantError(f"the teacher gave NaN or infinity for views {bad[:8]} of a batch; it may need float32")
     variance_BT1, mean_BT1 = torch.var_mean(raw_BTC, dim=-1, correction=0, keepdim=True)
     std_BT1 = (variance_BT1 + EPS).sqrt()
-    white_BTC = (raw_BTC - mean_BT1) / std_BT1
-    return Whitened(white_BTC.clamp(-_FP16_MAX, _FP16_MAX).half(), mean_BT1[..., 0], std_BT1[..., 0])
+    if not torch.isfinite(std_BT1).all():  # one such value among the channels is enough for that
+        bad = sorted({keys[row] for row in (~torch.isfinite(std_BT1)).flatten(1).any(1).nonzero().flatten().tolist()})
+        raise DecantError(
+            f"the teacher gave NaN, infinity or a value beyond float32 for {len(bad)} of {len(set(keys))} images of a "
+            f"batch ({', '.join(bad[:5])}); look at these images, and at the teacher's weights and precision"
+        )
+    return Whitened(((raw_BTC - mean_BT1) / std_BT1).half(), mean_BT1[..., 0], std_BT1[..., 0])

@@ -53,8 +53,9 @@ def extract_shard(
         )
         views = itertools.chain.from_iterable(shard_images)
         for batch in _batches(views, writer, batch_size):
-            tokens = whiten(teacher(torch.from_numpy(np.stack([view.pixels_HWC for view in batch]))))
-            tokens_BTC, mean_BT, std_BT = (part.cpu().numpy() for part in tokens)
+            raw_BTC = teacher(torch.from_numpy(np.stack([view.pixels_HWC for view in batch])))
+            white = whiten(raw_BTC, [view.key for view in batch])
+            tokens_BTC, mean_BT, std_BT = (part.cpu().numpy() for part in white)
             for number, view in enumerate(batch):
                 writer.append(
                     FeatureRecord(

@@ -35,13 +35,24 @@ def build_classifier(cfg: StudentConfig, *, num_classes: int, drop_path: float, 
     )  # fmt: skip
     if weights is not None:
         state = classifier_state(load_weights(weights), cfg.depth)
-        missing, unexpected = model.load_state_dict(state, strict=False)
-        wrong = [name for name in missing if not name.startswith(_FRESH)] + list(unexpected)
+        wrong = _misfits(state, model.state_dict())
         if wrong:
             raise DamagedError(
-                f"{weights} is not a student of this shape: {len(wrong)} keys differ, such as {wrong[0]}"
+                f"{weights} is not a student of this shape: {len(wrong)} tensors differ, such as {wrong[0]}; "
+                "run `make distill FORCE=1`"
             )
+        model.load_state_dict(state, strict=False)
     return model
+
+
+def _misfits(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
+    """Tensors that are missing, too many or of another shape, leaving out those that begin anew."""
+    shapes, expected = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (state, wanted))
+    return [
+        f"{name} (found {shapes.get(name, 'none')}, expected {expected.get(name, 'none')})"
+        for name in sorted(shapes | expected)
+        if shapes.get(name) != expected.get(name) and not name.startswith(_FRESH)
+    ]
 
 
 def classifier_state(student: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
@@ -49,8 +60,9 @@ def classifier_state(student: dict[str, Tensor], depth: int) -> dict[str, Tensor
     state = {
         name: tensor for name, tensor in student.items() if name != _SHARED_TABLE and not name.startswith(_DROPPED)
     }
-    for block in range(depth):
-        state[f"blocks.{block}.attn.relative_position_bias_table"] = student[_SHARED_TABLE].clone()
+    if _SHARED_TABLE in student:
+        for block in range(depth):
+            state[f"blocks.{block}.attn.relative_position_bias_table"] = student[_SHARED_TABLE].clone()
     return state
 
 

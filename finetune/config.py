@@ -22,12 +22,8 @@ class FinetuneConfig(Schema):
     epochs: int = Field(default=100, ge=1)
     batch_size: int = Field(default=256, ge=1)
     optim: OptimConfig = OptimConfig(base_lr=1.25e-3, warmup_epochs=20.0, clip_grad=5.0)
-    scratch_base_lr: float | None = Field(default=None, gt=0)
-    """Another peak learning rate for the start from scratch; None is the same one."""
     layer_decay: float = Field(default=0.65, gt=0, le=1)
     """Each block's learning rate is this share of the next one's."""
-    scratch_layer_decay: float = Field(default=1.0, gt=0, le=1)
-    """From scratch there is nothing to preserve in the early blocks."""
     drop_path: float = Field(default=0.1, ge=0, lt=1)
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     sampler: RandomResizedCrop = RandomResizedCrop(min_scale=0.08)
@@ -44,7 +40,7 @@ class EvaluateConfig(Schema):
 
     not_identity: ClassVar[frozenset[str]] = frozenset({"run"})
 
-    penalties: tuple[float, ...] = Field(default=(1e-4, 1e-3, 1e-2, 1e-1), min_length=1)
+    penalties: tuple[float, ...] = Field(default=(1e-3, 1e-2, 1e-1), min_length=1)
     """L2 penalties of the linear probe; the best on a fifth of the training images is taken."""
     iterations: int = Field(default=200, ge=1)
     """Of L-BFGS."""

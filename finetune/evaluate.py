@@ -3,15 +3,17 @@
 python -m pipeline evaluate
 """
 
+import io
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from distill.checkpoint import load_weights
 from distill.loop import choose_device
@@ -21,10 +23,12 @@ from finetune.config import EvaluateConfig
 from finetune.features import PooledFeatures, iter_views, pool_student, pool_teacher
 from finetune.linear_probe import linear_probe
 from finetune.run import student_shape
+from storage.atomic import write_file
+from storage.errors import InputError
 from storage.image_index import ImageList, load_index, require_labels
 from storage.lock import hold_lock
 from storage.reader import FeatureReader, open_store
-from storage.stage import Progress, SilentProgress, stop_on_signals
+from storage.stage import Progress, SilentProgress, StopRequest, stop_on_signals
 
 
 def run(
@@ -37,13 +41,19 @@ def run(
 
     Returns:
         The stage's metrics.
+
+    Raises:
+        ConfigError: no labels, or one class only.
+        InputError: the stores are not those of these images.
     """
     progress = progress or SilentProgress()
     torch.set_num_threads(cfg.run.threads or os.cpu_count() or 1)
     index = load_index(inputs["data"])
-    require_labels(index.split("train"), "a linear probe")
+    train_images, eval_images = index.split("train"), index.split("eval")
     train_store, eval_store = open_store(inputs["extract"]), open_store(inputs["extract_eval"])
-    train_images, eval_images = (_located(store, index.location) for store in (train_store, eval_store))
+    for store, images in ((train_store, train_images), (eval_store, eval_images)):
+        require_labels(images, "a linear probe")
+        _check_images(store, images)
     weights = inputs["distill"] / "student.safetensors"
     student = student_shape(weights)
     device = choose_device(cfg.run.device)
@@ -62,31 +72,40 @@ def run(
 
     with hold_lock(out_dir), stop_on_signals() as stop:
         progress.say("linear probe on the teacher's frozen features")
-        teacher_probe = probe(pool_teacher(train_store, train_images), pool_teacher(eval_store, eval_images))
+        teacher_probe = probe(
+            pool_teacher(train_store, train_images, stop), pool_teacher(eval_store, eval_images, stop)
+        )
         progress.say("linear probe on the student's frozen features")
         pooled = (
-            pool_student(model, store, images, student.input_px, device)
+            pool_student(model, store, images, student.input_px, device, stop)
             for store, images in ((train_store, train_images), (eval_store, eval_images))
         )
         student_probe = probe(*pooled)
         progress.say("student against teacher on held-out images")
-        distance = compare_tokens(model, eval_store, eval_images, student.input_px, device)
+        distance = compare_tokens(model, eval_store, eval_images, student.input_px, device, stop)
         _keep_pictures(cfg, model, eval_store, eval_images, student.input_px, device, out_dir)
+        stop.check()
     return {"teacher_probe": teacher_probe, "student_probe": student_probe, "held_out": distance}
 
 
-def _located(store: FeatureReader, location: str) -> ImageList:
-    return ImageList.model_validate(store.images.to_json() | {"location": location})
+def _check_images(store: FeatureReader, images: ImageList) -> None:
+    """A store is used for its tokens only: labels come from the data, where they may be newer than the store."""
+    if images.fingerprint != store.plan.images_fingerprint:
+        raise InputError(
+            f"{store.root} holds tokens of other images (fingerprint {store.plan.images_fingerprint}) than "
+            f"{images.location} ({images.fingerprint}); run `make evaluate`, which lists the images anew"
+        )
 
 
 @torch.inference_mode()
 def compare_tokens(
-    model: DistillModel, store: FeatureReader, images: ImageList, image_px: int, device: torch.device
-) -> dict[str, float]:
+    model: DistillModel, store: FeatureReader, images: ImageList, image_px: int, device: torch.device,
+    stop: StopRequest | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Mean loss (beta 2) and cosine between predicted and true whitened tokens; and the loss of predicting zero."""
     sums = torch.zeros(3, dtype=torch.float64)
     count = 0
-    for batch in iter_views(store, images, image_px=image_px):
+    for batch in iter_views(store, images, image_px=image_px, stop=stop):
         assert batch.images_BHWC is not None
         target_BTC = select_targets(batch.tokens_BTC, store.plan.features.num_prefix_tokens).to(device)
         pred_BTC = model(normalise_images(batch.images_BHWC, device))
@@ -111,25 +130,31 @@ def _keep_pictures(
     pixels_BHWC = torch.stack([pixels for _, pixels, _ in views])
     pred_BTC = model(normalise_images(pixels_BHWC, device)).cpu()
     grid_tokens = store.plan.features.grid_hw[0] * store.plan.features.grid_hw[1]
+    buffer = io.BytesIO()
     np.savez(
-        out_dir / "pictures.npz",
+        buffer,
         keys=np.array([key for key, _, _ in views]),
         images_BHWC=pixels_BHWC.numpy(),
         teacher_BTC=torch.stack([tokens for _, _, tokens in views])[:, -grid_tokens:].numpy(),
         student_BTC=pred_BTC[:, -grid_tokens:].numpy(),
         grid_hw=np.array(store.plan.features.grid_hw),
     )
+    write_file(out_dir / "pictures.npz", buffer.getvalue())
 
 
-def _first_views(store: FeatureReader, images: ImageList, image_px: int, count: int):  # type: ignore[no-untyped-def]
+def _first_views(
+    store: FeatureReader, images: ImageList, image_px: int, count: int
+) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(key, pixels, tokens) of `count` images, evenly spread."""
     usable = store.usable_images()
-    wanted = (
-        set(usable[np.linspace(0, len(usable) - 1, min(count, len(usable))).astype(int)].tolist()) if count else set()
-    )
+    wanted = set(usable[np.linspace(0, len(usable) - 1, min(count, len(usable))).astype(int)].tolist())
+    if not wanted:
+        return
     for batch in iter_views(store, images, image_px=image_px):
         assert batch.images_BHWC is not None
         for number, position in enumerate(batch.positions_B.tolist()):
             if position in wanted:
                 wanted.discard(position)
                 yield images.keys[position], batch.images_BHWC[number], batch.tokens_BTC[number]
+        if not wanted:
+            return

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from distill.checkpoint import save_weights
@@ -53,6 +53,7 @@ def run(
     require_labels(train_images, "fine-tuning")
     if not len(eval_images):
         raise InputError("no image is held out for evaluation; set data.eval_fraction above 0, or add a val folder")
+    require_labels(eval_images, "the evaluation of fine-tuning")
     weights = inputs["distill"] / "student.safetensors"
     student = student_shape(weights)
     budget = cfg.run.image_cache_mb << 20
@@ -66,6 +67,7 @@ def run(
                 data = make(images=train_cache, seed=seed), make(images=eval_cache, seed=seed)
                 member_dir = out_dir / f"{start}-{seed}"
                 members.append(_run_member(cfg, start, seed, index, student, weights, data, member_dir, progress, stop))
+                stop.check()
     return {
         "members": members,
         "num_train": len(train_images),
@@ -84,8 +86,8 @@ def student_shape(weights: Path) -> StudentConfig:
     try:
         with safe_open(weights, framework="pt") as file:
             return StudentConfig.from_file(weights, (file.metadata() or {})["student"].encode())
-    except (OSError, KeyError, ValueError) as error:
-        raise DamagedError(f"{weights} is not a distilled student ({error}); run `make distill`") from error
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise DamagedError(f"{weights} is not a distilled student ({error}); run `make distill FORCE=1`") from error
 
 
 def majority_accuracy(labels: tuple[int, ...]) -> float:
@@ -105,7 +107,7 @@ def _run_member(
     result_path = out_dir / "result.json"
     if result_path.exists():
         earlier = read_json(result_path)
-        if earlier["digest"] == digest:
+        if isinstance(earlier, dict) and earlier.get("digest") == digest:
             progress.say(f"{start}, seed {seed}: done before, {earlier['metrics']['accuracy']:.1%}")
             return dict(earlier["metrics"])
     progress.say(f"{start}, seed {seed}")
@@ -116,17 +118,14 @@ def _run_member(
         student, num_classes=len(index.classes), drop_path=cfg.drop_path,
         weights=weights if start == "distilled" else None,
     ).to(device)  # fmt: skip
-    is_scratch = start == "scratch"
-    optim = cfg.optim.model_copy(update={"base_lr": cfg.scratch_base_lr} if is_scratch and cfg.scratch_base_lr else {})
-    decay = cfg.scratch_layer_decay if is_scratch else cfg.layer_decay
-    optimizer = build_optimizer(model, optim, lr_scale=layer_lr_scale(student.depth, decay))
+    optimizer = build_optimizer(model, cfg.optim, lr_scale=layer_lr_scale(student.depth, cfg.layer_decay))
 
     def set_lr(step: int) -> float:
         lr = learning_rate(
-            step, cfg=optim, num_steps=train_data.steps,
+            step, cfg=cfg.optim, num_steps=train_data.steps,
             steps_per_epoch=len(train_data.images.images) / cfg.batch_size, batch_size=cfg.batch_size,
         )  # fmt: skip
-        set_learning_rate(optimizer, lr, floor=optim.min_lr * cfg.batch_size / REFERENCE_BATCH)
+        set_learning_rate(optimizer, lr, floor=cfg.optim.min_lr * cfg.batch_size / REFERENCE_BATCH)
         return lr
 
     def loss(batch: LabelledBatch) -> Tensor:
@@ -137,7 +136,7 @@ def _run_member(
 
     training = Training(
         model=model, optimizer=optimizer, set_lr=set_lr, batches=train_data.train_batches, loss=loss,
-        num_steps=train_data.steps, clip_grad=optim.clip_grad, seed=seed, out_dir=out_dir, run_digest=digest,
+        num_steps=train_data.steps, clip_grad=cfg.optim.clip_grad, seed=seed, out_dir=out_dir, run_digest=digest,
         checkpoint_seconds=cfg.run.checkpoint_seconds,
     )  # fmt: skip
     out_dir.mkdir(parents=True, exist_ok=True)

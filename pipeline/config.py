@@ -48,7 +48,7 @@ class PipelineConfig(Schema):
 
 
 def apply_overrides(config: PipelineConfig, overrides: Iterable[tuple[str, Any]]) -> PipelineConfig:
-    """Change settings by dotted name, as `--set distill.epochs=30` does. Text is read as JSON where it is JSON.
+    """Change settings by dotted name, as `--set distill.epochs=30` does.
 
     Raises:
         ConfigError: an unknown name (the nearest is offered), or a value of the wrong kind.
@@ -60,12 +60,12 @@ def apply_overrides(config: PipelineConfig, overrides: Iterable[tuple[str, Any]]
         for depth, group in enumerate(groups):
             place = _step(place, group, ".".join(groups[:depth]), name)
         _step(place, last, ".".join(groups), name)
-        place[last] = _read(value)
+        place[last] = value
     return PipelineConfig.checked(values, "settings")
 
 
-def parse_assignment(text: str) -> tuple[str, str]:
-    """`name=value` to its two parts.
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """`name=value` to its two parts; the value is read as JSON where it is JSON, else it is text.
 
     Raises:
         ConfigError: there is no `=`.
@@ -73,26 +73,25 @@ def parse_assignment(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ConfigError(f"--set {text!r} is not of the form name=value, such as distill.epochs=30")
-    return name.strip(), value.strip()
+    return name.strip(), _read(value.strip())
 
 
 def _step(place: Any, key: str, where: str, name: str) -> Any:
-    if not isinstance(place, dict) or key not in place:
-        known = sorted(place) if isinstance(place, dict) else []
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    if not isinstance(place, dict):
+        raise ConfigError(f"unknown setting {name!r}; {where} is {json.dumps(place)} and has no parts")
+    if key not in place:
+        near = difflib.get_close_matches(key, sorted(place), n=1, cutoff=0.4)
         prefix = f"{where}." if where else ""
-        hint = f"did you mean {prefix}{near[0]}?" if near else f"known there: {', '.join(prefix + k for k in known)}"
+        hint = f"did you mean {prefix}{near[0]}?" if near else f"known there: {', '.join(prefix + k for k in place)}"
         raise ConfigError(f"unknown setting {name!r}; {hint}")
     return place[key]
 
 
-def _read(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
+def _read(text: str) -> Any:
     try:
-        return json.loads(value)
+        return json.loads(text)
     except json.JSONDecodeError:
-        return value
+        return text
 
 
 def differences(before: Any, after: Any, name: str = "") -> list[str]:

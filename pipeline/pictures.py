@@ -2,6 +2,7 @@
 
 import base64
 import io
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,7 +83,7 @@ def token_pictures(path: Path) -> list[TokenPicture]:
             arrays = {name: file[name] for name in file.files}
         grid_hw = tuple(int(side) for side in arrays["grid_hw"])
         teacher_BTC, student_BTC = (arrays[name].astype(np.float32) for name in ("teacher_BTC", "student_BTC"))
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise DamagedError(f"{path} cannot be read ({error}); run `make evaluate`") from error
     teacher_BT3, student_BT3 = principal_colours(teacher_BTC, student_BTC)
     return [

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from distill.config import DistillConfig, OptimConfig, StudentConfig, TrainRunConfig, find_student
 from extract.config import ExecutionConfig, ExtractConfig
 from finetune.config import EvaluateConfig, FinetuneConfig
-from pipeline.config import DataConfig, PipelineConfig
+from pipeline.config import PipelineConfig
 from storage.errors import unknown_name
 from storage.views import CentreCrop, RandomResizedCrop, Renderer
 
@@ -93,23 +93,25 @@ def deit_b_300ep() -> PipelineConfig:
 
 def demo() -> PipelineConfig:
     """The whole path on a laptop CPU: a small student of EfficientNet-Lite0 on photographs of solar cells."""
-    student = StudentConfig(input_px=160, patch_px=32, width=192, depth=6, heads=6)
+    student = StudentConfig(input_px=160, patch_px=32, width=128, depth=4, heads=4)
+    run = TrainRunConfig(checkpoint_seconds=60)
+    bicubic = Renderer(kernel="bicubic")
     return clip_b_100ep().model_copy(
         update={
             "preset": "demo",
             "extract": ExtractConfig(
-                teacher="efficientnet-lite0", input_px=160, views=2, records_per_shard=256,
+                teacher="efficientnet-lite0", input_px=160, views=3, records_per_shard=256, renderer=bicubic,
                 sampler=RandomResizedCrop(min_scale=0.5), run=ExecutionConfig(workers=2, threads=1),
             ),
             "distill": DistillConfig(
-                student=student, epochs=30, batch_size=64,
-                optim=OptimConfig(base_lr=8e-3, warmup_epochs=3), run=TrainRunConfig(checkpoint_seconds=60),
+                student=student, epochs=30, batch_size=16, drop_path=0.0, run=run,
+                optim=OptimConfig(base_lr=0.064, warmup_epochs=3),
             ),
             "finetune": FinetuneConfig(
-                seeds=(0, 1, 2), epochs=15, batch_size=64, sampler=RandomResizedCrop(min_scale=0.5),
-                eval_sampler=CentreCrop(fraction=1.0), renderer=Renderer(kernel="bilinear"), vertical_flip=True,
-                optim=OptimConfig(base_lr=4e-3, warmup_epochs=2, clip_grad=5.0), layer_decay=0.75,
-                run=TrainRunConfig(checkpoint_seconds=60),
+                seeds=(0, 1, 2), epochs=7, batch_size=16, renderer=bicubic, vertical_flip=True, run=run,
+                sampler=RandomResizedCrop(min_scale=0.8, ratio=(0.9, 1 / 0.9)), eval_sampler=CentreCrop(fraction=1.0),
+                optim=OptimConfig(base_lr=0.032, warmup_epochs=0.7), layer_decay=0.75, drop_path=0.0,
+                label_smoothing=0.0,
             ),
         }
     )  # fmt: skip
@@ -179,7 +181,3 @@ def preset_for_teacher(teacher: str) -> PipelineConfig:
     """The recipe that a teacher's name stands for."""
     base = load_preset(PRESET_OF_TEACHER.get(teacher, "clip-b-300ep"))
     return base.model_copy(update={"extract": base.extract.model_copy(update={"teacher": teacher})})
-
-
-def with_data(config: PipelineConfig, data: DataConfig) -> PipelineConfig:
-    return config.model_copy(update={"data": data})

@@ -1,6 +1,7 @@
 """Progress of a stage: a bar on a terminal, a plain line now and then in a log file."""
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -46,11 +47,11 @@ class _Lines:
     def __init__(self, name: str, console: Console) -> None:
         self.name, self.console = name, console
         self.total = self.done = self.first = 0
-        self.unit, self.began, self.last = "", time.monotonic(), 0.0
+        self.unit, self.began, self.last = "", time.monotonic(), -math.inf
 
     def start(self, total: int, unit: str, done: int = 0) -> None:
         self.total, self.unit, self.done, self.first = total, unit, done, done
-        self.began = self.last = time.monotonic()
+        self.began, self.last = time.monotonic(), -math.inf
 
     def advance(self, amount: int, **facts: object) -> None:
         self.done += amount

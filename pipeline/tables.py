@@ -67,13 +67,14 @@ def findings(results: Mapping[str, StageResult]) -> list[str]:
     sentences = []
     scratch, distilled = (rows.get(name) for name in _START_NAMES.values())
     if scratch and distilled:
-        gain = 100 * (distilled.mean - scratch.mean)
-        noise = 100 * (2 * scratch.mean * (1 - scratch.mean) / scratch.n) ** 0.5
+        gain = round(100 * (distilled.mean - scratch.mean), 1)
+        found = f"{abs(gain):.1f} points {'more' if gain > 0 else 'less'} than" if gain else "the same as"
+        noise = 100 * sum(row.mean * (1 - row.mean) / row.n for row in (scratch, distilled)) ** 0.5
         seeds = len(distilled.accuracies)
         sentences.append(
-            f"After feature distillation the same student scores {abs(gain):.1f} points "
-            f"{'more' if gain >= 0 else 'less'} than from scratch (mean of {seeds} seed{'s' if seeds > 1 else ''}, "
-            f"n = {scratch.n}; the standard error of such a difference is about {noise:.1f} points)."
+            f"After feature distillation the same student scores {found} from scratch (mean of {seeds} "
+            f"seed{'s' if seeds > 1 else ''}, n = {scratch.n}; the standard error of such a difference is about "
+            f"{noise:.1f} points)."
         )
     if "evaluate" in results:
         held_out = results["evaluate"].metrics["held_out"]
