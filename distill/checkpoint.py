@@ -5,30 +5,31 @@ The newest valid one wins; a damaged one is passed over, loudly. Nothing is ever
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import safetensors.torch
 import torch
 from torch import nn
 
 from distill.optim import load_optimizer_tensors, optimizer_tensors
-from storage.atomic import private_name, publish, remove_tree, to_json_bytes, write_file, write_private
+from storage.atomic import private_name, publish, remove_tree, write_file, write_private
 from storage.errors import DamagedError
-from storage.fingerprint import digest_bytes, digest_file, digest_json
-from storage.schema import Schema
+from storage.fingerprint import digest_bytes, digest_file
+from storage.schema import Sealed
 
 KEEP = 2
 
 
-class CheckpointHead(Schema):
+class CheckpointHead(Sealed):
     """The commit of a checkpoint."""
+
+    remedy: ClassVar[str] = "an earlier one serves"
 
     step: int
     run_digest: str
     """Of everything that must be the same to go on: settings and inputs."""
     facts: dict[str, Any]
-    digest: str
-    """Over all of the above and the tensors."""
+    tensors_digest: str
 
 
 class Checkpoint(NamedTuple):
@@ -59,9 +60,8 @@ def save_checkpoint(
         publish(private, path)
     finally:
         private.unlink(missing_ok=True)
-    digest = _digest(step, run_digest, facts, digest_bytes(data))
-    head = CheckpointHead(step=step, run_digest=run_digest, facts=dict(facts), digest=digest)
-    write_file(path.with_suffix(".json"), to_json_bytes(head.to_json()))
+    head = CheckpointHead(step=step, run_digest=run_digest, facts=dict(facts), tensors_digest=digest_bytes(data))
+    write_file(path.with_suffix(".json"), head.to_file())
     heads = sorted(folder.glob("step-*.json"))
     kept = [head for head in heads if head.stem <= path.stem][-KEEP:]  # later steps are another run's, or damaged
     for old in heads:
@@ -70,18 +70,14 @@ def save_checkpoint(
             old.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
-def _digest(step: int, run_digest: str, facts: Mapping[str, Any], tensors_digest: str) -> str:
-    return digest_json([step, run_digest, dict(facts), tensors_digest])
-
-
 def load_checkpoint(folder: Path, run_digest: str, say: Callable[[str], None]) -> Checkpoint | None:
     """The newest valid checkpoint of this very run; None when there is none."""
     for head_path in sorted(folder.glob("step-*.json"), reverse=True):
         tensors_path = head_path.with_suffix(".safetensors")
         try:
             head = CheckpointHead.from_file(head_path, head_path.read_bytes())
-            if _digest(head.step, head.run_digest, head.facts, digest_file(tensors_path)) != head.digest:
-                raise DamagedError("its digest is wrong")
+            if digest_file(tensors_path) != head.tensors_digest:
+                raise DamagedError(f"{tensors_path.name} is not what was saved")
             if head.run_digest == run_digest:
                 return Checkpoint(head.step, head.facts, safetensors.torch.load_file(tensors_path))
         except (DamagedError, OSError, safetensors.SafetensorError) as error:

@@ -35,7 +35,7 @@ class Teacher:
         self.features = spec.feature_spec(input_px)
         self.fingerprint = tensor_fingerprint(module.state_dict())
         module.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
-        self._forward = forward
+        self.module, self._forward = module, forward
         self._mean = torch.tensor(spec.mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(spec.std, device=device).view(1, 3, 1, 1)
 
@@ -94,9 +94,12 @@ def _build_timm(spec: TeacherSpec, input_px: int, from_hub: bool) -> _Built:
 
     def last_stage(images_BCHW: Tensor) -> Tensor:
         maps = module.forward_intermediates(images_BCHW, indices=1, intermediates_only=True)
-        return maps[-1].flatten(2).transpose(1, 2)
+        tokens_BTC: Tensor = maps[-1].flatten(2).transpose(1, 2)
+        return tokens_BTC
 
-    return _Built(module, last_stage if is_map else module.forward_features)
+    if is_map:
+        return _Built(module, last_stage)
+    return _Built(module, module.forward_features, lambda state: checkpoint_filter_fn(state, module))
 
 
 def _build_open_clip(spec: TeacherSpec, input_px: int, from_hub: bool) -> _Built:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import click
 from rich.console import Console
-from rich.table import Table
 
 from pipeline import provenance
 from pipeline.config import PipelineConfig, apply_overrides, parse_assignment
@@ -17,11 +16,12 @@ from pipeline.demo_data import prepare_solar_cells
 from pipeline.presets import PRESETS, load_preset, preset_for_teacher
 from pipeline.progress import show_progress
 from pipeline.runner import execute, make_plan
-from pipeline.screen import console, show_plan, show_results, show_teachers
+from pipeline.screen import console, show_plan, show_results, show_status, show_teachers
 from pipeline.stages import STAGES
-from pipeline.workspace import Workspace, load_current, read_state
+from pipeline.workspace import Workspace, load_current, open_workspace
 from storage.atomic import write_file, write_json
 from storage.errors import DamagedError, DecantError
+from storage.lock import hold_lock
 from storage.stage import Interrupted
 
 ALL = tuple(STAGES)
@@ -90,7 +90,7 @@ def _stage_command(name: str, command: Command) -> None:
     @cli.command(name, help=command.help)
     @_options
     def invoke(work: Path, force: bool, **options: Any) -> None:
-        workspace = Workspace(work)
+        workspace = open_workspace(work)
         config = resolve_config(workspace, **options)
         run_stages(config, workspace, command.stages, command.stages if force else command.again)
 
@@ -102,7 +102,7 @@ for _name, _command in COMMANDS.items():
 @cli.command(help="The whole path on real photographs with a real pretrained teacher, on a laptop CPU.")
 @_options
 def demo(work: Path, force: bool, **options: Any) -> None:
-    workspace = Workspace(work)
+    workspace = open_workspace(work)
     options["preset"] = options["preset"] or "demo"
     options["data"] = options["data"] or str(prepare_solar_cells(work / "solar-cells"))
     console.print(f"demo: {PRESETS[options['preset']].expectation}; stop it at any time, the same command goes on")
@@ -112,7 +112,7 @@ def demo(work: Path, force: bool, **options: Any) -> None:
 @cli.command(help="What a run would do, and why; nothing is run.")
 @_options
 def plan(work: Path, force: bool, **options: Any) -> None:
-    workspace = Workspace(work)
+    workspace = open_workspace(work)
     config = resolve_config(workspace, **options)
     show_plan(make_plan(config, workspace, ALL, again=ALL if force else ()), ALL)
 
@@ -120,43 +120,31 @@ def plan(work: Path, force: bool, **options: Any) -> None:
 @cli.command(help="Every store, student and result in the work folder.")
 @click.option("--work", default="runs", show_default=True, type=click.Path(path_type=Path))
 def status(work: Path) -> None:
-    table = Table(box=None, pad_edge=False)
-    for title in ("stage", "folder", "state", "made by"):
-        table.add_column(title, overflow="fold")
-    workspace = Workspace(work)
-    for stage in STAGES.values():
-        for folder, result in workspace.results(stage):
-            table.add_row(stage.name, str(folder), f"done in {result.seconds:,.0f} s", result.command)
-    for path in sorted(work.glob("*/*/state.json")):
-        state = read_state(path.parent)
-        if state is not None:
-            table.add_row("", str(path.parent), state.state, state.message)
-    if table.row_count:
-        console.print(table)
-    else:
-        console.print(f"nothing in {work} yet; start with `make demo`, or `make extract TEACHER=... DATA=...`")
+    show_status(open_workspace(work))
 
 
 @cli.command(help="Check every byte of the stores against their receipts; damaged shards are forgotten.")
 @click.option("--work", default="runs", show_default=True, type=click.Path(path_type=Path))
 def verify(work: Path) -> None:
-    from storage.verify import discard_shard, iter_damage
+    from storage.verify import STORE, discard_shard, iter_damage
 
-    stores = sorted(path.parent for path in (work / "stores").glob("*/plan.json"))
+    stores = open_workspace(work).stores()
     num_damaged = 0
     for store in stores:
         shards = 0
         for index, damage in iter_damage(store):
-            shards += 1
+            shards += index != STORE
             for problem in damage:
                 console.print(f"{problem.path}: {problem.found}", soft_wrap=True)
             if damage:
                 num_damaged += 1
-                discard_shard(store, index)
+                with hold_lock(store):  # an extraction at work there is about to write it
+                    discard_shard(store, index)
         console.print(f"{store}: {shards} shards checked")
     if num_damaged:
         raise DamagedError(
-            f"{num_damaged} shards are damaged or missing; run `make extract`: it makes only these again"
+            f"{num_damaged} parts of the stores are damaged or missing; run `make extract`, or `make evaluate` for a "
+            "store of held-out images: only these parts are made again"
         )
     console.print(f"{len(stores)} stores are whole" if stores else f"no store in {work}")
 
@@ -179,7 +167,7 @@ def resolve_config(
     if teacher:
         find_teacher(teacher)
     current = load_current(workspace)
-    before = PipelineConfig.checked(current, str(workspace.current_path)) if current else None
+    before = PipelineConfig.checked(current, f"{workspace.current_path} (delete it to begin anew)") if current else None
     if preset:
         config = load_preset(preset)
     elif before is not None and teacher in (None, before.extract.teacher):
@@ -187,8 +175,10 @@ def resolve_config(
         console.print(f"settings: those of the last command here ({workspace.current_path}, preset {config.preset})")
     else:
         config = preset_for_teacher(teacher or "clip-b")
+    if before is not None and data is None:
+        config = config.model_copy(update={"data": before.data})
     changes: list[tuple[str, Any]] = [
-        ("data.path", data or (before.data.path if before and not config.data.path else None)),
+        ("data.path", data),
         ("extract.teacher", teacher),
         ("extract.weights", str(weights) if weights else None),
         ("extract.views", views),
@@ -212,30 +202,34 @@ def run_stages(config: PipelineConfig, workspace: Workspace, stages: tuple[str, 
 def main() -> None:
     """Run a command; every error becomes one line and an exit code (0 done, 1 our bug, 2 settings or data, 3 finished
     with quarantined jobs, 4 busy, 6 damaged, 130 interrupted)."""
-    errors = Console(stderr=True, highlight=False)
+    errors = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    again = provenance.command_line()
     try:
         cli.main(standalone_mode=False)
-    except click.exceptions.Abort:
-        sys.exit(130)
     except click.ClickException as error:
         error.show()
+        context = getattr(error, "ctx", None)
+        errors.print(f"then: {context.command_path if context else again} --help")
         sys.exit(2)
-    except (Interrupted, KeyboardInterrupt):
-        errors.print(
-            f"\ninterrupted; everything finished so far is kept. Go on with: {provenance.command_line()}",
-            soft_wrap=True,
-        )
+    except (Interrupted, KeyboardInterrupt, click.Abort):  # click makes an Abort of a KeyboardInterrupt
+        errors.print(f"\ninterrupted; everything finished so far is kept. Go on with: {again}")
         sys.exit(130)
     except DecantError as error:
-        errors.print(f"error: {error}", soft_wrap=True, markup=False)
-        errors.print(f"then: {provenance.command_line()}", soft_wrap=True, markup=False)
+        errors.print(f"error: {error}\nthen: {again}")
         sys.exit(error.exit_code)
     except Exception as error:
-        path = Path("decant-crash.txt")
-        write_file(path, traceback.format_exc().encode())
+        where = _save_traceback(traceback.format_exc())
         errors.print(
-            f"bug: {type(error).__name__}: {error} (traceback in {path}); please report it with that file",
-            soft_wrap=True,
-            markup=False,
+            f"bug: {type(error).__name__}: {error} (traceback {where}); please report it with that\nthen: {again}"
         )
         sys.exit(1)
+
+
+def _save_traceback(text: str) -> str:
+    path = Path("decant-crash.txt").absolute()
+    try:
+        write_file(path, text.encode())
+    except (DecantError, OSError):  # the disk may be what is wrong
+        print(text, file=sys.stderr)
+        return "above"
+    return f"in {path}"

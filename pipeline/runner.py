@@ -18,14 +18,23 @@ from extract.weights import weights_identity
 from pipeline import provenance
 from pipeline.config import PipelineConfig, differences
 from pipeline.stages import STAGES, Stage, upstream
-from pipeline.workspace import RunState, Workspace, read_result, read_state, replace_folder, write_state
-from storage.atomic import write_json
-from storage.errors import ConfigError, DecantError
+from pipeline.workspace import (
+    Workspace,
+    again_folder,
+    digest_outputs,
+    exchange,
+    find_damage,
+    finish_exchange,
+    read_result,
+    what_became,
+    write_state,
+)
+from storage.atomic import write_file, write_json
+from storage.errors import ConfigError, DecantError, StoreBusyError
 from storage.fingerprint import digest_file, digest_json
-from storage.image_index import ImageIndex, build_index, save_index
-from storage.records import StoreManifest
+from storage.image_index import ImageIndex, build_index, require_labels
+from storage.lock import hold_lock
 from storage.stage import Interrupted, Progress, StageResult
-from storage.writer import read_receipt
 
 Action = Literal["run", "resume", "skip"]
 
@@ -56,7 +65,8 @@ class Plan(NamedTuple):
 def make_plan(
     config: PipelineConfig, workspace: Workspace, names: tuple[str, ...], *, again: Iterable[str] = ()
 ) -> Plan:
-    """Decide about the stages `names` and everything they depend on. Writes nothing but the image list.
+    """Decide about the stages `names` and everything they depend on. Writes nothing but the image list, and finishes
+    the exchange of a folder that was cut short.
 
     Args:
         again: stages to run even if they are up to date.
@@ -72,8 +82,9 @@ def make_plan(
         cache_dir=workspace.cache_dir,
     )  # fmt: skip
     data_path = workspace.data_path(config.data.path, index.fingerprint)
-    if not data_path.exists():
-        save_index(data_path, index)
+    listing = index.to_file(indent=None)
+    if not data_path.exists() or data_path.read_bytes() != listing:  # the images may lie elsewhere now
+        write_file(data_path, listing)
     plans: dict[str, StagePlan] = {}
     for name in upstream(names):
         plans[name] = _plan_stage(STAGES[name], config, workspace, index, plans, name in set(again))
@@ -81,13 +92,9 @@ def make_plan(
 
 
 def _plan_stage(
-    stage: Stage,
-    config: PipelineConfig,
-    workspace: Workspace,
-    index: ImageIndex,
-    plans: dict[str, StagePlan],
+    stage: Stage, config: PipelineConfig, workspace: Workspace, index: ImageIndex, plans: dict[str, StagePlan],
     again: bool,
-) -> StagePlan:
+) -> StagePlan:  # fmt: skip
     settings = stage.config(config)
     inputs = {name: plans[name].fingerprint for name in stage.needs}
     if stage.data:
@@ -98,15 +105,16 @@ def _plan_stage(
         {"stage": stage.name, "version": stage.version, "settings": settings.identity(), "inputs": inputs}
     )
     folder = workspace.stage_dir(stage, stage.label(config), fingerprint)
+    finish_exchange(folder)
 
     def planned(action: Action, reason: str, is_again: bool = False) -> StagePlan:
         return StagePlan(stage, action, reason, folder, fingerprint, inputs, is_again)
 
-    result, state = read_result(folder), read_state(folder)
+    result = read_result(folder)
     if result is not None and result.fingerprint == fingerprint:
-        damage = _find_damage(folder)
+        damage = find_damage(stage, folder, result)
         if damage:
-            return planned("resume", f"{damage}; only that is made again")
+            return planned("resume", damage)
         if again:
             return planned("run", "asked for by name; it was up to date, and stays until the new result is whole", True)
         newer = _newer_inputs(result, plans)
@@ -114,14 +122,8 @@ def _plan_stage(
             return planned("run", f"{', '.join(newer)} has a newer result", True)
         return planned("skip", f"up to date (took {result.seconds:,.0f} s)")
     if folder.exists():
-        return planned("resume", _what_became(state))
+        return planned("resume", what_became(folder))
     return planned("run", _why_new(stage, workspace, settings.identity(), inputs))
-
-
-def _what_became(state: RunState | None) -> str:
-    if state is None or state.state == "running":
-        return "was stopped from outside last time"
-    return "was interrupted last time" if state.state == "interrupted" else f"failed last time: {state.message}"
 
 
 def _newer_inputs(result: StageResult, plans: dict[str, StagePlan]) -> list[str]:
@@ -132,18 +134,6 @@ def _newer_inputs(result: StageResult, plans: dict[str, StagePlan]) -> list[str]
         for name, digest in read.items()
         if plans[name].action != "skip" or digest_file(plans[name].folder / "result.json") != digest
     ]
-
-
-def _find_damage(folder: Path) -> str:
-    """A store that was finished and has lost files since; sizes only, contents are checked when they are read."""
-    if not (folder / "plan.json").exists():
-        return ""
-    path = folder / "manifest.json"
-    if not path.exists():
-        return "the store's manifest is gone"
-    manifest = StoreManifest.from_file(path, path.read_bytes())
-    lost = [shard.index for shard in manifest.shards if read_receipt(folder, shard.index) != shard]
-    return f"{len(lost)} of {len(manifest.shards)} shards are damaged or gone (first {lost[0]})" if lost else ""
 
 
 def _why_new(stage: Stage, workspace: Workspace, identity: dict[str, object], inputs: dict[str, str]) -> str:
@@ -181,6 +171,7 @@ def execute(
                 f"{' and '.join(sorted(wanted))} needs {name}, which is not done ({item.reason}); "
                 f"run `make {item.stage.command}` first, or `make run` for everything"
             )
+    _check_labels(plan.images, wanted)
     results = {}
     for name in (name for name in plan.stages if name in wanted):
         item = plan.stages[name]
@@ -194,21 +185,35 @@ def execute(
     return results
 
 
+def _check_labels(images: ImageIndex, wanted: set[str]) -> None:
+    """Refuse before the first stage what the last ones would refuse after days."""
+    for name, purpose in (("finetune", "fine-tuning"), ("evaluate", "a linear probe")):
+        if name in wanted:
+            require_labels(images.split("train"), purpose)
+            if not len(images.split("eval")):
+                raise ConfigError(
+                    f"{purpose} needs images that are held out, found none in {images.location}; "
+                    "set data.eval_fraction above 0, or add a val folder"
+                )
+
+
 def _execute_stage(plan: Plan, item: StagePlan, progress: Progress) -> StageResult:
     stage = item.stage
-    folder = item.folder.with_name(f"{item.folder.name}.again") if item.is_again else item.folder
+    folder = again_folder(item.folder) if item.is_again else item.folder
     settings = stage.config(plan.config)
     inputs = {name: plan.stages[name].folder for name in stage.needs} | {"data": plan.data_path}
     started = time.monotonic()
-    with _state(folder):
+    with hold_lock(folder):  # nothing is touched where another command is at work
+        write_state(folder, "running")
         (folder / "result.json").unlink(missing_ok=True)
+    with _state(folder):
         metrics = importlib.import_module(stage.module).run(settings, inputs, folder, progress)
         result = StageResult(
             stage=stage.name,
             fingerprint=item.fingerprint,
             inputs=item.inputs,
             config=settings.identity(),
-            metrics=metrics,
+            metrics=metrics | {"outputs": digest_outputs(folder, stage.outputs)},
             seconds=round(time.monotonic() - started, 2),
             command=provenance.command_line(),
             code_version=provenance.code_version(),
@@ -217,18 +222,19 @@ def _execute_stage(plan: Plan, item: StagePlan, progress: Progress) -> StageResu
         write_json(folder / "result.json", result.to_json())
     (folder / "state.json").unlink(missing_ok=True)
     if item.is_again:
-        replace_folder(folder, item.folder)
+        exchange(item.folder)
     return result
 
 
 @contextlib.contextmanager
 def _state(folder: Path) -> Iterator[None]:
     """Leave a word in the folder about what became of a run that did not finish."""
-    write_state(folder, "running")
     try:
         yield
     except (Interrupted, KeyboardInterrupt):
         write_state(folder, "interrupted")
+        raise
+    except StoreBusyError:  # the state is that of the command that is at work there
         raise
     except DecantError as error:
         with contextlib.suppress(DecantError, OSError):

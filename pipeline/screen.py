@@ -7,12 +7,15 @@ from rich.table import Table
 
 from extract.teachers import TEACHERS, find_teacher
 from pipeline.runner import Plan
+from pipeline.stages import STAGES
 from pipeline.tables import Row, findings, result_rows
+from pipeline.workspace import Workspace, read_state
 from storage.atomic import nearest_existing
 from storage.fingerprint import short
 from storage.stage import StageResult
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False, emoji=False)
+"""Paths and messages are printed as they are: `[x]` in a folder's name is no markup."""
 
 
 def show_plan(plan: Plan, stages: tuple[str, ...]) -> None:
@@ -69,6 +72,26 @@ def _results_table(rows: list[Row]) -> Table:
     for row in rows:
         table.add_row(row.name, row.accuracy_text, str(row.n), str(len(row.accuracies)), f"{row.seconds:,.0f}")
     return table
+
+
+def show_status(workspace: Workspace) -> None:
+    """Every finished result, and every folder where something was begun."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("stage", "folder", "state", "made by"):
+        table.add_column(title, overflow="fold")
+    for stage in STAGES.values():
+        for folder, result in workspace.results(stage):
+            table.add_row(stage.name, str(folder), f"done in {result.seconds:,.0f} s", result.command)
+    for path in sorted(workspace.root.glob("*/*/state.json")):
+        state = read_state(path.parent)
+        if state is not None:
+            table.add_row("", str(path.parent), state.state, state.message)
+    if table.row_count:
+        console.print(table)
+    else:
+        console.print(
+            f"nothing in {workspace.root} yet; start with `make demo`, or `make extract TEACHER=... DATA=...`"
+        )
 
 
 def show_teachers() -> None:

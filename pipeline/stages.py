@@ -26,6 +26,8 @@ class Stage(NamedTuple):
     folder: str
     label: Callable[[PipelineConfig], str]
     """Readable part of its output folder's name."""
+    outputs: tuple[str, ...] = ()
+    """Files whose digests go into the result, so that damage is noticed before they are used. A store has receipts."""
 
 
 STAGES: dict[str, Stage] = {
@@ -43,6 +45,7 @@ STAGES: dict[str, Stage] = {
             name="distill", command="distill", module="distill.run", version=1, config=lambda c: c.distill,
             needs=("extract",), data=None, folder="students",
             label=lambda c: f"{c.extract.teacher}-w{c.distill.student.width}-d{c.distill.student.depth}",
+            outputs=("student.safetensors", "projector.safetensors"),
         ),
         Stage(
             name="finetune", command="finetune", module="finetune.run", version=1, config=lambda c: c.finetune,
@@ -51,12 +54,12 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="evaluate", command="evaluate", module="finetune.evaluate", version=1, config=lambda c: c.evaluate,
             needs=("extract", "extract_eval", "distill"), data="all", folder="evaluate",
-            label=lambda c: c.extract.teacher,
+            label=lambda c: c.extract.teacher, outputs=("pictures.npz",),
         ),
         Stage(
             name="report", command="report", module="pipeline.report", version=1, config=lambda c: c.report,
             needs=("extract", "distill", "finetune", "evaluate"), data=None, folder="reports",
-            label=lambda c: c.extract.teacher,
+            label=lambda c: c.extract.teacher, outputs=("report.html",),
         ),
     )
 }  # fmt: skip

@@ -8,16 +8,19 @@ runs/report.html             the newest report
 runs/cache/                  digests of images; may be deleted
 """
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pipeline.stages import Stage
-from storage.atomic import read_json, remove_tree, write_json
-from storage.errors import DamagedError
-from storage.fingerprint import short
+from storage.atomic import nearest_existing, read_json, remove_tree, write_json
+from storage.errors import ConfigError, DamagedError
+from storage.fingerprint import digest_file, short
+from storage.reader import load_manifest
 from storage.schema import Schema
 from storage.stage import StageResult
+from storage.writer import read_receipt
 
 State = Literal["running", "interrupted", "failed"]
 
@@ -52,8 +55,25 @@ class Workspace(NamedTuple):
     def results(self, stage: Stage) -> list[tuple[Path, StageResult]]:
         """All finished results of a stage, newest first."""
         paths = sorted((self.root / stage.folder).glob("*/result.json"), key=os.path.getmtime, reverse=True)
-        found = [(path.parent, read_result(path.parent)) for path in paths]
+        found = [(path.parent, read_result(path.parent)) for path in paths if path.parent.suffix not in _EXCHANGED]
         return [(folder, result) for folder, result in found if result is not None and result.stage == stage.name]
+
+    def stores(self) -> list[Path]:
+        """All stores, finished or not, also those that have lost a part."""
+        found = {path.parent for name in ("plan.json", "manifest.json") for path in self.root.glob(f"stores/*/{name}")}
+        return sorted(folder for folder in found if folder.suffix not in _EXCHANGED)
+
+
+def open_workspace(root: Path) -> Workspace:
+    """A work folder, which need not exist yet.
+
+    Raises:
+        ConfigError: there is something else in its place.
+    """
+    found = nearest_existing(root)
+    if not found.is_dir():
+        raise ConfigError(f"the work folder {root} cannot be made: {found} is no folder; choose another with --work")
+    return Workspace(root)
 
 
 def read_result(folder: Path) -> StageResult | None:
@@ -77,14 +97,75 @@ def write_state(folder: Path, state: State, message: str = "") -> None:
     write_json(folder / "state.json", RunState(state=state, message=message, pid=os.getpid()).to_json())
 
 
-def replace_folder(new: Path, old: Path) -> None:
-    """Put a finished folder in the place of an older one; the older one stays until the last moment."""
-    aside = old.with_name(f".{old.name}.old")
+def what_became(folder: Path) -> str:
+    """Why a stage's folder holds no result."""
+    if (folder / "result.json").exists():
+        return "its result.json is damaged"
+    state = read_state(folder)
+    if state is None or state.state == "running":
+        return "was stopped from outside last time"
+    return "was interrupted last time" if state.state == "interrupted" else f"failed last time: {state.message}"
+
+
+def digest_outputs(folder: Path, names: tuple[str, ...]) -> dict[str, str]:
+    return {name: digest_file(folder / name) for name in names if (folder / name).exists()}
+
+
+def find_damage(stage: Stage, folder: Path, result: StageResult) -> str:
+    """What a finished stage has lost since; empty when nothing. Of a store only sizes are looked at: its contents are
+    checked when they are read."""
+    for name, digest in result.metrics.get("outputs", {}).items():
+        path = folder / name
+        if not path.exists() or digest_file(path) != digest:
+            return f"{name} is {'damaged' if path.exists() else 'gone'}; it is made again"
+    return _find_store_damage(folder) if stage.folder == "stores" else ""
+
+
+def _find_store_damage(folder: Path) -> str:
+    if not (folder / "manifest.json").exists():
+        return "the store's manifest is gone; only that is made again"
+    try:
+        manifest = load_manifest(folder)
+    except DamagedError:
+        return "the store's manifest is damaged; only that is made again"
+    for file in manifest.metadata:
+        path = folder / file.name
+        if not path.exists() or path.stat().st_size != file.num_bytes:
+            return f"the store's {file.name} is {'damaged' if path.exists() else 'gone'}; only that is made again"
+    lost = [shard.index for shard in manifest.shards if read_receipt(folder, shard.index) != shard]
+    found = f"{len(lost)} of {len(manifest.shards)} shards are damaged or gone"
+    return f"{found} (first {lost[0]}); only that is made again" if lost else ""
+
+
+_EXCHANGED = (".again", ".old")
+
+
+def again_folder(folder: Path) -> Path:
+    """Where a stage that has a result is run again; the older one stays until the new one is whole."""
+    return folder.with_name(f"{folder.name}.again")
+
+
+def exchange(folder: Path) -> None:
+    """Put the finished `again_folder` in the place of the older one."""
+    aside = _aside(folder)
     remove_tree(aside)
-    if old.exists():
-        os.rename(old, aside)
-    os.rename(new, old)
+    os.rename(folder, aside)
+    finish_exchange(folder)
+
+
+def finish_exchange(folder: Path) -> None:
+    """The second half of `exchange`, also of one that was killed in between; otherwise nothing."""
+    aside = _aside(folder)
+    if not aside.exists():
+        return
+    if not folder.exists():
+        with contextlib.suppress(FileNotFoundError):  # another command did it a moment ago
+            os.rename(again_folder(folder), folder)
     remove_tree(aside)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
 
 
 def load_current(workspace: Workspace) -> dict[str, Any] | None:

@@ -16,12 +16,12 @@ from typing import Any
 from storage.errors import DamagedError, DiskError
 
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "file-size limit"}
-_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR}
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path, needed_bytes: int = 0) -> Iterator[None]:
-    """Turn the operating system's "no room" and "not allowed" into a `DiskError` that says what to do."""
+    """Turn the operating system's "no room" and "cannot be done here" into a `DiskError` that says what to do."""
     try:
         yield
     except OSError as error:
@@ -32,7 +32,7 @@ def disk_errors(path: Path, needed_bytes: int = 0) -> Iterator[None]:
                 + (f", {needed_bytes / 1e6:,.0f} MB needed" if needed_bytes else "")
                 + "); finished work is safe: make room, then give the same command again"
             ) from error
-        if error.errno in _DENIED:
+        if error.errno in _REFUSED:
             raise DiskError(f"cannot write {path}: {os.strerror(error.errno)}; choose another folder") from error
         raise
 
@@ -51,6 +51,18 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents so that they, too, are there after a power cut."""
+    with disk_errors(folder):
+        missing = [made for made in (folder, *folder.parents) if not made.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise NotADirectoryError(errno.ENOTDIR, f"{folder} is a file") from error
+        for made in missing:
+            fsync_folder(made.parent)
 
 
 def private_name(path: Path) -> Path:
@@ -76,8 +88,7 @@ def publish(private: Path, path: Path) -> None:
 
 def write_file(path: Path, data: bytes) -> None:
     """Create or replace a file in one step."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     private = private_name(path)
     try:
         write_private(private, data)
@@ -88,17 +99,16 @@ def write_file(path: Path, data: bytes) -> None:
 
 def create_file(path: Path, data: bytes) -> bool:
     """Create a file; False, and nothing changed, when it exists already. The first writer wins."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     private = private_name(path)
     try:
         write_private(private, data)
         try:
             with disk_errors(path):
                 os.link(private, path)
+                fsync_folder(path.parent)
         except FileExistsError:
             return False
-        fsync_folder(path.parent)
         return True
     finally:
         private.unlink(missing_ok=True)

@@ -24,6 +24,14 @@ def digest_parts(parts: Iterable[bytes]) -> str:
     return hasher.hexdigest()[:FINGERPRINT_CHARS]
 
 
+def digest_pieces(pieces: Iterable[bytes]) -> str:
+    """Digest of the pieces' concatenation: that of the file they are written to."""
+    hasher = blake3()
+    for piece in pieces:
+        hasher.update(piece)
+    return hasher.hexdigest()[:FINGERPRINT_CHARS]
+
+
 def digest_json(value: Any) -> str:
     """Digest of canonical JSON: sorted keys, no spaces, no NaN."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)

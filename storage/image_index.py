@@ -4,25 +4,27 @@ Content decides identity: two folders with the same keys and bytes are the same 
 replaced image makes another one. Digests are taken once and kept as long as no size and modification time changes.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from PIL import Image
 
-from storage.atomic import read_json, write_file, write_json
-from storage.errors import BadImageError, ConfigError, InputError
+from storage.atomic import write_file
+from storage.decode import decode_image
+from storage.errors import BadImageError, ConfigError, DamagedError, InputError
 from storage.fingerprint import digest_bytes, digest_json, digest_parts
-from storage.images import ImageEntry, ImageSource, decode_image, open_images
-from storage.schema import Schema
+from storage.images import ImageEntry, ImageSource, open_images
+from storage.schema import Sealed
 
 Split = Literal["train", "eval"]
 
 
-class ImageList(Schema):
+class ImageList(Sealed):
     """Ordered images of one split: what a store is made from."""
 
     location: str
@@ -62,8 +64,10 @@ class ImageList(Schema):
         return decode_image(data)
 
 
-class ImageIndex(Schema):
+class ImageIndex(Sealed):
     """All images of a data set."""
+
+    remedy: ClassVar[str] = "delete it and give the command again"
 
     location: str
     classes: tuple[str, ...]
@@ -89,12 +93,14 @@ def build_index(location: str, *, eval_fraction: float, seed: int, cache_dir: Pa
     the image keys and the seed alone, so it is the same on every machine.
 
     Raises:
-        InputError: no image, or a class too small to divide.
+        InputError: no image, a class too small to divide, or a name that is no text.
     """
     source = open_images(location)
     entries = sorted(source.list_images())
+    for entry in entries:
+        _refuse_bytes(entry.key, location)
     digests = _digests(source, entries, location, cache_dir)
-    classes = tuple(sorted({entry.class_name for entry in entries if entry.class_name is not None}))
+    classes = order_classes(entry.class_name for entry in entries if entry.class_name is not None)
     numbers = {name: number for number, name in enumerate(classes)}
     if any(entry.split for entry in entries):
         splits: Sequence[Split] = ["eval" if entry.split == "eval" else "train" for entry in entries]
@@ -105,6 +111,21 @@ def build_index(location: str, *, eval_fraction: float, seed: int, cache_dir: Pa
         for entry, digest, split in zip(entries, digests, splits, strict=True)
     )
     return ImageIndex(location=str(Path(location).expanduser().absolute()), classes=classes, entries=rows)
+
+
+def order_classes(names: Iterable[str]) -> tuple[str, ...]:
+    """By name; names that all are numbers, as in `.cls` members, by number, so that class 10 is the one after 9."""
+    unique = set(names)
+    if all(name.isascii() and name.isdigit() for name in unique):
+        return tuple(sorted(unique, key=lambda name: (int(name), name)))
+    return tuple(sorted(unique))
+
+
+def _refuse_bytes(key: str, location: str) -> None:
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"the name {key!r} in {location} is not valid UTF-8; rename this image") from None
 
 
 def hold_out(entries: Sequence[ImageEntry], fraction: float, seed: int) -> list[Split]:
@@ -133,7 +154,7 @@ def load_index(path: Path) -> ImageIndex:
 
 
 def save_index(path: Path, index: ImageIndex) -> None:
-    write_file(path, index.model_dump_json().encode())
+    write_file(path, index.to_file(indent=None))
 
 
 def require_labels(images: ImageList, purpose: str) -> None:
@@ -150,13 +171,20 @@ def require_labels(images: ImageList, purpose: str) -> None:
         )
 
 
+class _DigestCache(Sealed):
+    """May be deleted, or damaged, at any time."""
+
+    listing: str
+    digests: tuple[str, ...]
+
+
 def _digests(source: ImageSource, entries: Sequence[ImageEntry], location: str, cache_dir: Path) -> list[str]:
     listing = digest_json([(entry.key, entry.num_bytes, entry.stamp) for entry in entries])
     path = cache_dir / f"digests-{digest_json(str(Path(location).expanduser().absolute()))[:16]}.json"
-    if path.exists():
-        cached = read_json(path)
-        if isinstance(cached, dict) and cached.get("listing") == listing:
-            return list(cached["digests"])
+    with contextlib.suppress(FileNotFoundError, DamagedError):
+        cached = _DigestCache.from_file(path, path.read_bytes())
+        if cached.listing == listing:
+            return list(cached.digests)
 
     def digest(entry: ImageEntry) -> str:
         try:
@@ -166,5 +194,5 @@ def _digests(source: ImageSource, entries: Sequence[ImageEntry], location: str, 
 
     with ThreadPoolExecutor(8) as pool:
         digests = list(pool.map(digest, entries, chunksize=64))
-    write_json(path, {"listing": listing, "digests": digests})
+    write_file(path, _DigestCache(listing=listing, digests=tuple(digests)).to_file(indent=None))
     return digests

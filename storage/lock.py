@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from storage.atomic import disk_errors
+from storage.atomic import disk_errors, make_folder
 from storage.errors import StoreBusyError
 
 
@@ -21,8 +21,8 @@ def hold_lock(folder: Path) -> Iterator[None]:
         StoreBusyError: another process holds it; the message says which.
     """
     path = folder / "LOCK"
+    make_folder(folder)
     with disk_errors(path):
-        folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
@@ -31,12 +31,17 @@ def hold_lock(folder: Path) -> Iterator[None]:
             raise StoreBusyError(
                 f"{folder} is being written by {_holder(path)}; wait for it to end, or stop it, then try again"
             ) from None
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+        with disk_errors(path):
+            _write_holder(descriptor)
         yield
     finally:
         os.close(descriptor)
+
+
+def _write_holder(descriptor: int) -> None:
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    os.truncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(owner).encode(), 0)
 
 
 def _holder(path: Path) -> str:

@@ -4,6 +4,7 @@ Each shard's index is parsed once; a record is then one `pread`, checked against
 reads through one are five times slower.
 """
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from storage import zarr_format
 from storage.errors import DamagedError, InputError
 from storage.image_index import ImageList
-from storage.records import FORMAT_VERSION, FeatureRecord, ImageKey, StoreManifest
+from storage.records import FeatureRecord, ImageKey, StoreManifest, refuse_newer
 from storage.views import View
 from storage.zarr_format import CRC_BYTES
 
@@ -35,24 +36,28 @@ def open_store(root: Path) -> "FeatureReader":
         InputError: no store there, an unfinished one, or one of a newer format.
         DamagedError: the manifest cannot be read.
     """
+    return FeatureReader(root, load_manifest(root))
+
+
+def load_manifest(root: Path) -> StoreManifest:
+    """Read what `open_store` needs to know; it raises the same."""
     path = root / "manifest.json"
     if not path.exists():
-        state = "unfinished: run `make extract` to complete it" if (root / "plan.json").exists() else "no store"
+        state = (
+            "an unfinished store: run `make extract` to complete it" if (root / "plan.json").exists() else "no store"
+        )
         raise InputError(f"{root} holds {state} (no manifest.json)")
-    data = path.read_bytes()
-    version = _format_version(path, data)
-    if version > FORMAT_VERSION:
-        raise InputError(f"{root} has store format {version}, this program reads up to {FORMAT_VERSION}; update it")
-    return FeatureReader(root, StoreManifest.from_file(path, data))
+    text = path.read_bytes()
+    refuse_newer(path, text)
+    return StoreManifest.from_file(path, text)
 
 
-def _format_version(path: Path, data: bytes) -> int:
-    import json
-
+@contextlib.contextmanager
+def _missing_is_damage(path: Path) -> Iterator[None]:
     try:
-        return int(json.loads(data)["plan"]["format_version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"{path} is not a manifest ({error}); run `make extract` to write it again") from error
+        yield
+    except FileNotFoundError as error:
+        raise DamagedError(f"{path} is missing; run `make verify`, then `make extract`") from error
 
 
 class FeatureReader:
@@ -68,10 +73,8 @@ class FeatureReader:
     def images(self) -> ImageList:
         """Ordered keys, labels and digests of the images in the store."""
         path = self.root / "images.json"
-        try:
+        with _missing_is_damage(path):
             images = ImageList.from_file(path, path.read_bytes())
-        except FileNotFoundError as error:
-            raise DamagedError(f"{path} is missing; run `make extract` to write it again") from error
         if images.fingerprint != self.plan.images_fingerprint:
             raise DamagedError(f"{path} is not the image list of this store; run `make verify`, then `make extract`")
         return images
@@ -100,19 +103,21 @@ class FeatureReader:
 
         Raises:
             DamagedError: a record is a hole or does not match its checksum.
+            IndexError: the store has no such record.
         """
         record_bytes = self.plan.features.record_bytes
-        shards_B, slots_B = np.divmod(records_B, self.plan.records_per_shard)
+        if out_BTC.dtype != np.float16 or out_BTC.shape != (len(records_B), *self.plan.features.shape_TC):
+            raise AssertionError(f"buffer {out_BTC.dtype} {out_BTC.shape} for {len(records_B)} of {self.plan.features}")
+        shards_B, slots_B = self._locate(records_B)
         for shard_number in np.unique(shards_B):
             shard = self._shard(int(shard_number))
-            descriptor = os.open(shard.path, os.O_RDONLY)
+            with _missing_is_damage(shard.path):
+                descriptor = os.open(shard.path, os.O_RDONLY)
             try:
                 for position in np.flatnonzero(shards_B == shard_number):
                     offset = int(shard.offsets_R[slots_B[position]])
                     if offset < 0:
-                        raise DamagedError(
-                            f"record {records_B[position]} of {self.root} is a hole: its image was unusable"
-                        )
+                        raise self._hole(records_B[position])
                     crc = bytearray(CRC_BYTES)
                     target = memoryview(out_BTC[position]).cast("B")
                     got = os.preadv(descriptor, [target, crc], offset)
@@ -125,11 +130,12 @@ class FeatureReader:
                 os.close(descriptor)
 
     def views(self, records_B: NDArray[np.int64]) -> list[View]:
-        """The views that belong to records."""
+        """The views that belong to records; the same errors as `read_batch`."""
         views = []
-        for record in records_B:
-            shard, slot = divmod(int(record), self.plan.records_per_shard)
-            top, left, height, width, flip = self._shard(shard).views_RF[slot].tolist()
+        for record, shard, slot in zip(records_B, *self._locate(records_B), strict=True):
+            top, left, height, width, flip = self._shard(int(shard)).views_RF[slot].tolist()
+            if height == 0:
+                raise self._hole(record)
             views.append(View(top=top, left=left, height=height, width=width, flip=bool(flip)))
         return views
 
@@ -141,7 +147,7 @@ class FeatureReader:
 
     def token_statistics(self, records_B: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Mean and standard deviation, before whitening, of the tokens of some records, each (B, T)."""
-        shards_B, slots_B = np.divmod(records_B, self.plan.records_per_shard)
+        shards_B, slots_B = self._locate(records_B)
         loaded = {int(shard): self.statistics(int(shard)) for shard in np.unique(shards_B)}
         pairs = [[part[slot] for part in loaded[int(shard)]] for shard, slot in zip(shards_B, slots_B, strict=True)]
         mean_BT, std_BT = (np.stack(part) for part in zip(*pairs, strict=True))
@@ -169,6 +175,16 @@ class FeatureReader:
             if number >= skip:
                 yield self.read(key, view)
 
+    def _locate(self, records_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Shard and slot of records."""
+        if np.any((records_B < 0) | (records_B >= self.plan.num_records)):
+            raise IndexError(f"records {records_B} of {self.root}, which has {self.plan.num_records}")
+        shards_B, slots_B = np.divmod(records_B, self.plan.records_per_shard)
+        return shards_B, slots_B
+
+    def _hole(self, record: np.int64) -> DamagedError:
+        return DamagedError(f"record {record} of {self.root} is a hole: its image was unusable")
+
     def _shard(self, index: int) -> _Shard:
         shard = self._shards.get(index)
         if shard is None:
@@ -180,20 +196,15 @@ class FeatureReader:
         path = self.root / zarr_format.token_shard_name(index)
         capacity = self.plan.records_per_shard
         tail_bytes = zarr_format.index_bytes(capacity)
-        try:
-            with open(path, "rb") as file:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - tail_bytes))
-                tail = file.read()
-        except FileNotFoundError as error:
-            raise DamagedError(f"{path} is missing; run `make extract` to write it again") from error
+        with _missing_is_damage(path), open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - tail_bytes))
+            tail = file.read()
         offsets = zarr_format.decode_shard_index(path, tail, capacity, self.plan.features.record_bytes)
         views = self._small("views", index, "<i4", (capacity, len(zarr_format.VIEW_FIELDS)))
         return _Shard(path, offsets, views)
 
     def _small(self, array: str, shard: int, dtype: str, shape: tuple[int, int]) -> NDArray[Any]:
         path = self.root / zarr_format.chunk_name(array, shard)
-        try:
+        with _missing_is_damage(path):
             data = path.read_bytes()
-        except FileNotFoundError as error:
-            raise DamagedError(f"{path} is missing; run `make extract` to write it again") from error
         return zarr_format.decode_chunk(path, data, dtype, shape)

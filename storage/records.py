@@ -4,13 +4,17 @@ Letters in names: B batch, R records, T tokens (prefix tokens such as CLS first,
 H and W pixels, N images, K views an image.
 """
 
-from typing import Any, Literal, NamedTuple, NewType
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NewType, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.fingerprint import digest_json
-from storage.schema import Schema
+from storage.errors import InputError
+from storage.fingerprint import digest_json, digest_pieces
+from storage.schema import Schema, Sealed, unsealed
 from storage.views import View
 
 FORMAT_VERSION = 1
@@ -62,15 +66,20 @@ class BadImage(Schema):
 
 
 class FileEntry(Schema):
-    """One committed file of a shard."""
+    """One committed file."""
 
     name: str
     """Path inside the store."""
     num_bytes: int
     digest: str
 
+    @classmethod
+    def describe(cls, name: str, pieces: Sequence[bytes]) -> Self:
+        """The entry of a file that holds these pieces."""
+        return cls(name=name, num_bytes=sum(map(len, pieces)), digest=digest_pieces(pieces))
 
-class ShardEntry(Schema):
+
+class ShardEntry(Sealed):
     """The receipt of a committed shard. A shard exists if and only if its receipt does and its files match it."""
 
     index: int
@@ -85,7 +94,7 @@ class ShardEntry(Schema):
         return sum(file.num_bytes for file in self.files)
 
 
-class StorePlan(Schema):
+class StorePlan(Sealed):
     """Everything that decides the content of a store, known before any work and never edited."""
 
     format_version: int = FORMAT_VERSION
@@ -121,16 +130,30 @@ class StorePlan(Schema):
     def fingerprint(self) -> str:
         return digest_json(self.to_json())
 
+    def differences(self, wanted: Self) -> str:
+        """The first fields in which another plan differs, for an error."""
+        return "; ".join(list(_differences("", self.to_json(), wanted.to_json()))[:3])
+
     def images_of_shard(self, index: int) -> range:
         """Positions, in the store's image list, of the images of one shard."""
         first = index * self.images_per_shard
         return range(first, min(first + self.images_per_shard, self.num_images))
 
 
-class StoreManifest(Schema):
+def _differences(name: str, found: Any, wanted: Any) -> Iterator[str]:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in sorted(found.keys() | wanted.keys()):
+            yield from _differences(f"{name}.{key}".lstrip("."), found.get(key), wanted.get(key))
+    elif found != wanted:
+        yield f"{name} is {found!r}, expected {wanted!r}"
+
+
+class StoreManifest(Sealed):
     """Written last: a folder without it is not a store yet."""
 
     plan: StorePlan
+    metadata: tuple[FileEntry, ...]
+    """The files that belong to no shard."""
     shards: tuple[ShardEntry, ...]
 
     @property
@@ -144,3 +167,15 @@ class StoreManifest(Schema):
     @property
     def bad_images(self) -> tuple[BadImage, ...]:
         return tuple(bad for shard in self.shards for bad in shard.bad_images)
+
+
+def refuse_newer(path: Path, text: bytes) -> None:
+    """Refuse a plan or manifest that a newer program wrote; what is damaged is left to `from_file`.
+
+    Raises:
+        InputError: says both versions.
+    """
+    value = json.loads(unsealed(text) or b"{}")
+    version = value.get("plan", value).get("format_version", 0)
+    if version > FORMAT_VERSION:
+        raise InputError(f"{path} has store format {version}, this program reads up to {FORMAT_VERSION}; update it")

@@ -1,11 +1,13 @@
 """Frozen, checked records that are equal to their JSON: configurations, manifests, results."""
 
+import json
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from storage.errors import ConfigError, DamagedError
+from storage.fingerprint import digest_bytes
 
 
 class Schema(BaseModel):
@@ -46,6 +48,41 @@ class Schema(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             raise ConfigError(f"{where}: {first_problem(error)}") from error
+
+
+class Sealed(Schema):
+    """A record whose file ends with a digest of all before it: JSON with a flipped bit often is valid JSON still."""
+
+    remedy: ClassVar[str] = "run `make verify`, then `make extract`"
+    """What to do about a damaged file."""
+
+    def to_file(self, *, indent: int | None = 1) -> bytes:
+        """The bytes of its file; long lists take no `indent`."""
+        text = json.dumps(self.to_json(), indent=indent, sort_keys=True, allow_nan=False)
+        body = text.removesuffix("}").rstrip().encode()
+        return body + _seal(body)
+
+    @classmethod
+    def from_file(cls, path: Path, text: bytes) -> Self:
+        """Parse a file that this program wrote earlier.
+
+        Raises:
+            DamagedError: a byte of it has changed.
+        """
+        json_text = unsealed(text)
+        if json_text is None:
+            raise DamagedError(f"{path} does not match its own digest: damaged, or changed by hand; {cls.remedy}")
+        return super().from_file(path, json_text)
+
+
+def unsealed(text: bytes) -> bytes | None:
+    """The JSON of a sealed file, without its digest; None when that does not match."""
+    body = text[: -len(_seal(b""))]
+    return body + b"}" if text == body + _seal(body) else None
+
+
+def _seal(body: bytes) -> bytes:
+    return b',\n "digest": "' + digest_bytes(body).encode() + b'"\n}\n'
 
 
 def first_problem(error: ValidationError) -> str:

@@ -7,13 +7,13 @@ with the tokens that belong to it and never drawn again: a teacher's map must no
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import PIL
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, model_validator
 
 from storage.schema import Schema
 
@@ -44,6 +44,12 @@ class RandomResizedCrop(Schema):
     """Range of width / height."""
     flip_probability: float = Field(default=0.5, ge=0, le=1)
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> Self:
+        if self.min_scale > self.max_scale or not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError("min_scale may not exceed max_scale; ratio is two positive numbers, the smaller one first")
+        return self
 
     def view(self, key: str, view_index: int, image_hw: tuple[int, int]) -> View:
         """Draw view number `view_index` of image `key`."""
@@ -118,6 +124,7 @@ class Renderer(Schema):
         Returns:
             (out_px, out_px, 3) uint8.
         """
-        box = (view.left, view.top, view.left + view.width, view.top + view.height)
-        pixels = np.asarray(image.resize((out_px, out_px), _FILTERS[self.kernel], box=box))
+        cut = image.crop((view.left, view.top, view.left + view.width, view.top + view.height))
+        # cut first, as torchvision does: `resize(box=...)` would let pixels from outside the box in at its edges
+        pixels = np.asarray(cut.resize((out_px, out_px), _FILTERS[self.kernel]))
         return np.ascontiguousarray(pixels[:, ::-1]) if view.flip else pixels

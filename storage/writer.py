@@ -13,39 +13,54 @@ import uuid
 from pathlib import Path
 
 import numpy as np
-from blake3 import blake3
 
 from storage import zarr_format
 from storage.atomic import (
     create_file,
     disk_errors,
-    fsync_folder,
+    make_folder,
     publish,
     remove_tree,
-    to_json_bytes,
     write_file,
     write_private,
 )
 from storage.errors import ConfigError, DamagedError, DiskError
-from storage.fingerprint import FINGERPRINT_CHARS
 from storage.image_index import ImageList
-from storage.records import BadImage, FeatureRecord, FileEntry, ShardEntry, StoreManifest, StorePlan
+from storage.records import BadImage, FeatureRecord, FileEntry, ShardEntry, StoreManifest, StorePlan, refuse_newer
+
+METADATA_FILES = ("plan.json", "images.json", "zarr.json", *(f"{array}/zarr.json" for array in zarr_format.ARRAYS))
+"""What a store holds beside its shards and its manifest."""
 
 
 def create_store(root: Path, plan: StorePlan, images: ImageList) -> None:
-    """Make an unfilled store, or accept the one that is there when it has the same plan.
+    """Make an unfilled store, or accept the one that is there when it has the same plan; what is damaged or missing of
+    its metadata is written again.
 
     Raises:
         ConfigError: the folder holds a store of another plan; names the first differences.
+        DamagedError: the folder holds shards of a plan that nothing tells any more.
         DiskError: not enough room for the whole store.
     """
-    if (root / "plan.json").exists():
-        found = load_plan(root)
-        if found != plan:
-            raise ConfigError(f"{root} holds another store: {_differences(found, plan)}; choose another folder")
-        return
-    with disk_errors(root):
-        root.mkdir(parents=True, exist_ok=True)
+    if images.fingerprint != plan.images_fingerprint:
+        raise AssertionError("the plan was made for other images")
+    make_folder(root)
+    found = _plan_of(root)
+    if found is None:
+        _check_room(root, plan)
+    elif found != plan:
+        raise ConfigError(f"{root} holds another store: {found.differences(plan)}; choose another folder")
+    image_list = images.model_copy(update={"location": ""})
+    metadata = zarr_format.encode_metadata(plan) | {
+        "images.json": image_list.to_file(indent=None),
+        "plan.json": plan.to_file(),
+    }
+    for name, data in metadata.items():
+        path = root / name
+        if not path.exists() or path.read_bytes() != data:
+            write_file(path, data)
+
+
+def _check_room(root: Path, plan: StorePlan) -> None:
     needed = plan.num_records * (plan.features.record_bytes + 8 * plan.features.num_tokens + 64)
     free = shutil.disk_usage(root).free
     if needed > free:
@@ -53,24 +68,27 @@ def create_store(root: Path, plan: StorePlan, images: ImageList) -> None:
             f"the store needs {needed / 1e9:.1f} GB at {root}, where {free / 1e9:.1f} GB are free; "
             "choose another WORK folder, or fewer VIEWS"
         )
-    with disk_errors(root):
-        zarr_format.create_arrays(root, plan)
-    write_file(root / "images.json", images.model_copy(update={"location": ""}).model_dump_json().encode())
-    create_file(root / "plan.json", to_json_bytes(plan.to_json()))
 
 
 def load_plan(root: Path) -> StorePlan:
     path = root / "plan.json"
-    return StorePlan.from_file(path, path.read_bytes())
+    text = path.read_bytes()
+    refuse_newer(path, text)
+    return StorePlan.from_file(path, text)
 
 
-def _differences(found: StorePlan, wanted: StorePlan) -> str:
-    pairs = [
-        f"{name} is {before!r}, expected {after!r}"
-        for name, before in found.to_json().items()
-        if before != (after := wanted.to_json()[name])
-    ]
-    return "; ".join(pairs[:3])
+def _plan_of(root: Path) -> StorePlan | None:
+    """The plan of the store in a folder, from plan.json or, where that is damaged, from its copy; None for no store."""
+    try:
+        return load_plan(root)
+    except (FileNotFoundError, DamagedError):
+        plan = zarr_format.read_plan(root)
+    if plan is None and any((root / "receipts").glob("*.json")):
+        raise DamagedError(
+            f"{root} holds shards, but plan.json and zarr.json are both damaged or gone, so nothing tells of what; "
+            "delete the folder and give the command again"
+        )
+    return plan
 
 
 class ShardWriter:
@@ -93,6 +111,8 @@ class ShardWriter:
         """Take one record, in any order."""
         if record.tokens_TC.shape != self.plan.features.shape_TC or record.tokens_TC.dtype != np.float16:
             raise AssertionError(f"tokens {record.tokens_TC.dtype} {record.tokens_TC.shape}, plan {self.plan.features}")
+        if not 0 <= record.view_index < self.plan.views_per_image:
+            raise AssertionError(f"view {record.view_index} of {self.plan.views_per_image}")
         slot = self._slot[record.key] + record.view_index
         self._tokens_RTC[slot] = record.tokens_TC
         self._mean_RT[slot], self._std_RT[slot] = record.token_mean_T, record.token_std_T
@@ -134,7 +154,7 @@ class ShardWriter:
             index=self.index,
             num_images=len(self.keys),
             num_records=int(is_present_R.sum()),
-            files=tuple(_describe(name, pieces) for name, pieces in contents.items()),
+            files=tuple(FileEntry.describe(name, pieces) for name, pieces in contents.items()),
             bad_images=tuple(BadImage(key=key, reason=reason) for key, reason in sorted(self._bad.items())),
         )
         self._publish(entry, contents)
@@ -148,29 +168,26 @@ class ShardWriter:
             for name, pieces in contents.items():
                 write_private(attempt / name.replace("/", "_"), *pieces)
             earlier = read_receipt(self.root, self.index)
-            if earlier is not None and earlier != entry:
-                raise DamagedError(
-                    f"shard {self.index} was committed before with other bytes: the teacher is not deterministic here; "
-                    "keep the device, library versions and batch size of the first run"
-                )
+            receipt = receipt_path(self.root, self.index)
+            if earlier is None:
+                receipt.unlink(missing_ok=True)  # a damaged one
+            elif earlier != entry:
+                raise self._not_the_same()
             for name in contents:
                 path = self.root / name
-                with disk_errors(path):
-                    path.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(path.parent)
                 publish(attempt / name.replace("/", "_"), path)
-                fsync_folder(path.parent.parent)
-            create_file(receipt_path(self.root, self.index), to_json_bytes(entry.to_json()))
+            if not create_file(receipt, entry.to_file()) and receipt.read_bytes() != entry.to_file():
+                receipt.unlink()  # of another writer, whose files these no longer are
+                raise self._not_the_same()
         finally:
             remove_tree(attempt)
 
-
-def _describe(name: str, pieces: list[bytes]) -> FileEntry:
-    hasher = blake3()
-    for piece in pieces:
-        hasher.update(piece)
-    return FileEntry(
-        name=name, num_bytes=sum(map(len, pieces)), digest=hasher.hexdigest()[:FINGERPRINT_CHARS]
-    )  # fmt: skip
+    def _not_the_same(self) -> DamagedError:
+        return DamagedError(
+            f"shard {self.index} was committed before with other bytes: the teacher is not deterministic here; "
+            "keep the device, library versions and batch size of the first run"
+        )
 
 
 def receipt_path(root: Path, index: int) -> Path:
@@ -207,8 +224,9 @@ def sweep(root: Path, plan: StorePlan) -> None:
             receipt_path(root, index).unlink(missing_ok=True)
     if len(committed) < plan.num_shards:
         (root / "manifest.json").unlink(missing_ok=True)
-    for private in root.glob(".*.partial"):
-        private.unlink(missing_ok=True)
+    for pattern in (".*.partial", "*/.*.partial"):
+        for private in root.glob(pattern):
+            private.unlink(missing_ok=True)
 
 
 def finish_store(root: Path) -> StoreManifest:
@@ -222,6 +240,10 @@ def finish_store(root: Path) -> StoreManifest:
     missing = [index for index in range(plan.num_shards) if index not in shards]
     if missing:
         raise DamagedError(f"{len(missing)} of {plan.num_shards} shards of {root} are missing, first {missing[0]}")
-    manifest = StoreManifest(plan=plan, shards=tuple(shards[index] for index in range(plan.num_shards)))
-    write_file(root / "manifest.json", to_json_bytes(manifest.to_json()))
+    manifest = StoreManifest(
+        plan=plan,
+        metadata=tuple(FileEntry.describe(name, [(root / name).read_bytes()]) for name in METADATA_FILES),
+        shards=tuple(shards[index] for index in range(plan.num_shards)),
+    )
+    write_file(root / "manifest.json", manifest.to_file())
     return manifest

@@ -12,7 +12,8 @@ here in one pass and its index is parsed here once, because the library's own pa
 Source of the layout: the Zarr v3 `sharding_indexed` codec specification, index at the end.
 """
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from storage.records import StorePlan
 
 CRC_BYTES = 4
 MISSING = np.uint64(2**64 - 1)
+ARRAYS = ("tokens", "token_mean", "token_std", "views")
 VIEW_FIELDS = ("top", "left", "height", "width", "flip")
 
 
@@ -36,14 +38,17 @@ def chunk_name(array: str, index: int) -> str:
     return f"{array}/c/{index}/0"
 
 
-def create_arrays(root: Path, plan: StorePlan) -> None:
-    """Write the metadata of all arrays; no data."""
+def encode_metadata(plan: StorePlan) -> dict[str, bytes]:
+    """The metadata files of the group and its arrays. Made in memory, because zarr-python would first delete what is in
+    the folder, locks and shards included."""
     import zarr
     from zarr.codecs import Crc32cCodec
+    from zarr.storage import MemoryStore
 
     tokens, channels = plan.features.shape_TC
     records, shard = plan.num_records, plan.records_per_shard
-    group = zarr.create_group(str(root), overwrite=True, attributes={"decant": plan.to_json()})
+    files: dict[str, Any] = {}
+    group = zarr.create_group(MemoryStore(files), attributes={"decant": plan.to_json()})
     crc = Crc32cCodec()
     group.create_array(
         "tokens", shape=(records, tokens, channels), chunks=(1, tokens, channels), shards=(shard, tokens, channels),
@@ -58,6 +63,15 @@ def create_arrays(root: Path, plan: StorePlan) -> None:
         "views", shape=(records, len(VIEW_FIELDS)), chunks=(shard, len(VIEW_FIELDS)), dtype="int32", compressors=crc,
         filters=None, fill_value=0,
     )  # fmt: skip
+    return {name: buffer.to_bytes() for name, buffer in files.items()}
+
+
+def read_plan(root: Path) -> StorePlan | None:
+    """The copy of the plan among the group's attributes, for when plan.json is damaged or gone."""
+    try:
+        return StorePlan.model_validate(json.loads((root / "zarr.json").read_bytes())["attributes"]["decant"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def crc32c(data: bytes | memoryview) -> bytes:
@@ -126,11 +140,3 @@ def is_hole_R(views_RF: NDArray[np.int32]) -> NDArray[np.bool_]:
     """A view without height holds no tokens."""
     is_hole: NDArray[np.bool_] = views_RF[:, VIEW_FIELDS.index("height")] == 0
     return is_hole
-
-
-def all_files(plan: StorePlan, index: int) -> Sequence[str]:
-    """The files of one shard, in the order in which they are published."""
-    return (
-        token_shard_name(index),
-        *(chunk_name(array, index) for array in ("token_mean", "token_std", "views")),
-    )

@@ -1,13 +1,20 @@
 """Fixtures: small image folders, stores that need no teacher, the smoke pipeline."""
 
+import json
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads would only wait for each other
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.pop("RAY_ADDRESS", None)  # never join somebody's cluster
 
-from collections.abc import Callable
+import shutil
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -26,17 +33,20 @@ def make_images(tmp_path: Path) -> MakeImages:
     """Make a folder of class folders with small random pictures; `dark` and `light` can be told apart."""
 
     def make(name: str = "images", *, classes: tuple[str, ...] = ("dark", "light"), per_class: int = 10) -> Path:
-        root = tmp_path / name
-        for number, class_name in enumerate(classes):
-            (root / class_name).mkdir(parents=True)
-            for image in range(per_class):
-                generator = np.random.default_rng([number, image])
-                height, width = generator.integers(40, 64, 2)
-                pixels = generator.integers(0, 120, (height, width, 3)) + (number % 2) * 120
-                Image.fromarray(pixels.astype(np.uint8)).save(root / class_name / f"{image:03d}.png")
-        return root
+        return draw_images(tmp_path / name, classes, per_class)
 
     return make
+
+
+def draw_images(root: Path, classes: tuple[str, ...] = ("dark", "light"), per_class: int = 10) -> Path:
+    for number, class_name in enumerate(classes):
+        (root / class_name).mkdir(parents=True)
+        for image in range(per_class):
+            generator = np.random.default_rng([number, image])
+            height, width = generator.integers(40, 64, 2)
+            pixels = generator.integers(0, 120, (height, width, 3)) + (number % 2) * 120
+            Image.fromarray(pixels.astype(np.uint8)).save(root / class_name / f"{image:03d}.png")
+    return root
 
 
 @pytest.fixture
@@ -136,6 +146,24 @@ def make_store(tmp_path: Path, image_list, store_plan, fill_shard):  # type: ign
 
 
 @pytest.fixture
+def toy_store(make_index, tmp_path: Path):  # type: ignore[no-untyped-def]
+    """Extract a store with the toy teacher, in this process: (index file, store)."""
+
+    def make(*, views: int = 2, **images: object) -> tuple[Path, Path]:
+        from extract.config import ExecutionConfig, ExtractConfig
+        from extract.run import run
+
+        data, _ = make_index(**images)
+        cfg = ExtractConfig(
+            teacher="toy", views=views, records_per_shard=3 * views, run=ExecutionConfig(executor="inline")
+        )
+        run(cfg, {"data": data}, tmp_path / "store")
+        return data, tmp_path / "store"
+
+    return make
+
+
+@pytest.fixture
 def tree_bytes() -> Callable[[Path], dict[str, bytes]]:
     """Every file below a folder with its bytes, leaving out locks and states."""
 
@@ -146,5 +174,120 @@ def tree_bytes() -> Callable[[Path], dict[str, bytes]]:
             for path in sorted(root.rglob("*"))
             if path.is_file() and path.name not in passed_over
         }
+
+    return read
+
+
+class Outcome(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    """Standard output, its white space collapsed: tables are padded and folded."""
+    err: str
+
+
+@pytest.fixture
+def decant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Outcome]:
+    """Run a command in this process, with `tmp_path` as the current folder."""
+    from pipeline import cli, screen
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(screen.console, "width", 500)
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["decant", *map(str, arguments)])
+        code = 0
+        capsys.readouterr()
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        captured = capsys.readouterr()
+        return Outcome(code, " ".join(captured.out.split()), captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Images and the work folder of a whole run on them. Not to be written to; see `copy_run`."""
+    from pipeline import cli
+
+    folder = tmp_path_factory.mktemp("finished")
+    images, work = draw_images(folder / "images"), folder / "runs"
+    arguments = ["run", "--preset", "smoke", "--data", str(images), "--work", str(work)]
+    cli.cli.main(arguments, standalone_mode=False)
+    return images, work
+
+
+@pytest.fixture
+def copy_run(finished_run: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
+    """A finished run of one's own: (images, work folder)."""
+    images, work = tmp_path / "images", tmp_path / "runs"
+    for source, target in zip(finished_run, (images, work), strict=True):
+        shutil.copytree(source, target)
+    current = work / "current.json"
+    current.write_text(current.read_text().replace(str(finished_run[0]), str(images)))
+    return images, work
+
+
+@pytest.fixture
+def fork() -> Callable[[Callable[[], object]], int]:
+    """Run a function in a process of its own, which exits with 0 when it returns; gives the process id to wait for."""
+
+    def start(work: Callable[[], object]) -> int:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # about threads: those of pytest only wait
+            pid = os.fork()
+        if pid:
+            return pid
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+
+    return start
+
+
+@pytest.fixture
+def begin_store(tmp_path: Path, image_list, store_plan):  # type: ignore[no-untyped-def]
+    """A store without shards: (root, plan, images)."""
+
+    def make(name: str = "store", *, num_images: int = 8, **changes: object):  # type: ignore[no-untyped-def]
+        root, images = tmp_path / name, image_list(num_images)
+        plan = store_plan(images, **changes)
+        create_store(root, plan, images)
+        return root, plan, images
+
+    return make
+
+
+@pytest.fixture
+def in_memory() -> Iterator[Path]:
+    """A folder in memory, where the system has that: for tests that write and remove thousands of files."""
+    memory = Path("/dev/shm")
+    place = memory if os.access(memory, os.W_OK | os.X_OK) else None
+    with tempfile.TemporaryDirectory(dir=place, prefix="decant-test-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def same_bytes(tree_bytes: Callable[[Path], dict[str, bytes]]) -> Callable[[Path], dict[str, object]]:
+    """As `tree_bytes`; the header of a safetensors file, whose facts have no order, as what it says."""
+
+    def read(root: Path) -> dict[str, object]:
+        def parse(data: bytes) -> object:
+            size = int.from_bytes(data[:8], "little")
+            return json.loads(data[8 : 8 + size]), data[8 + size :]
+
+        files = tree_bytes(root).items()
+        return {name: parse(data) if name.endswith(".safetensors") else data for name, data in files}
 
     return read

@@ -1,0 +1,301 @@
+"""Who carries out jobs, and what happens to those that fail: in this process, and on Ray with workers that die."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from extract.cluster import FailedJob, run_jobs
+from extract.config import ExecutionConfig
+from storage.errors import ConfigError, DecantError, InputError
+from storage.records import ShardEntry
+from storage.stage import Interrupted, StopRequest
+
+Act = Callable[[int, int, Path], None]
+"""What a worker does for (job, attempt, folder) before it returns."""
+
+
+def entry_of(job: int) -> ShardEntry:
+    return ShardEntry(index=job, num_images=1, num_records=1, files=())
+
+
+class Worker:
+    """Notes every attempt in a file of its own, then does as it was told."""
+
+    def __init__(self, folder: Path, act: Act) -> None:
+        self.folder, self.act = folder, act
+
+    def __call__(self, job: int) -> ShardEntry:
+        attempt = take_number(self.folder, f"job-{job}")
+        self.act(job, attempt, self.folder)
+        (self.folder / f"done-{job}").write_text(str(os.getpid()))
+        return entry_of(job)
+
+
+def take_number(folder: Path, name: str) -> int:
+    """1, then 2, and so on, whichever process asks."""
+    for number in itertools.count(1):
+        try:
+            (folder / f"{name}.{number}").touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        return number
+    raise AssertionError
+
+
+def attempts(folder: Path) -> Counter[int]:
+    """How often each job was begun."""
+    return Counter(int(path.stem.removeprefix("job-")) for path in folder.glob("job-*.*"))
+
+
+def find_done(folder: Path, job: int) -> ShardEntry | None:
+    return entry_of(job) if (folder / f"done-{job}").exists() else None
+
+
+def make_none(folder: Path) -> Worker:
+    raise AssertionError("no job, no worker")
+
+
+def carry_out(
+    folder: Path, act: Act, jobs: int, cfg: ExecutionConfig, make: Callable[[Path], Worker] | None = None,
+    stop: StopRequest | None = None,
+) -> list[ShardEntry | FailedJob]:  # fmt: skip
+    make_worker = partial(make or partial(Worker, act=act), folder)
+    stop = StopRequest() if stop is None else stop
+    return list(run_jobs(range(jobs), make_worker, cfg, find_committed=partial(find_done, folder), stop=stop))
+
+
+def work(job: int, attempt: int, folder: Path) -> None:
+    pass
+
+
+def fail_sometimes(job: int, attempt: int, folder: Path) -> None:
+    if job == 1 or (job == 3 and attempt < 3):
+        raise ValueError(f"no luck with {job}\nand a story")
+
+
+def refuse(job: int, attempt: int, folder: Path) -> None:
+    if job == 2:
+        raise InputError("image 'a/1.png' has changed")
+
+
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[None]:
+    """One small Ray for all tests of this file."""
+    import ray
+
+    handler = signal.getsignal(signal.SIGTERM)
+    ray.init(
+        address="local", num_cpus=2, num_gpus=0, include_dashboard=False, object_store_memory=100 * 2**20,
+        log_to_driver=False, logging_level="ERROR",
+    )  # fmt: skip
+    signal.signal(signal.SIGTERM, handler)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(params=["inline", pytest.param("ray", marks=pytest.mark.ray)])
+def cfg(request: pytest.FixtureRequest) -> ExecutionConfig:
+    """Either executor, with one worker."""
+    if request.param == "ray":
+        request.getfixturevalue("ray_session")
+    return ExecutionConfig(executor=request.param, workers=1, device="cpu")
+
+
+# ---- both ------------------------------------------------------------------------------------------------------------
+
+
+def test_failures_are_tried_again_and_then_given_up(cfg: ExecutionConfig, tmp_path: Path) -> None:
+    outcomes = carry_out(tmp_path, fail_sometimes, 5, cfg)
+    assert attempts(tmp_path) == {0: 1, 1: 3, 2: 1, 3: 3, 4: 1}
+    assert sorted(outcome.index for outcome in outcomes if isinstance(outcome, ShardEntry)) == [0, 2, 3, 4]
+    assert [outcome for outcome in outcomes if isinstance(outcome, FailedJob)] == [
+        FailedJob(1, "ValueError: no luck with 1")
+    ]
+
+
+def test_an_error_that_no_retry_mends_stops_everything(cfg: ExecutionConfig, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^image 'a/1\.png' has changed$"):
+        carry_out(tmp_path, refuse, 9, cfg)
+    assert attempts(tmp_path)[2] == 1
+    assert 8 not in attempts(tmp_path)
+
+
+def test_a_worker_that_cannot_be_made_for_a_known_reason_says_so(cfg: ExecutionConfig, tmp_path: Path) -> None:
+    def make(folder: Path) -> Worker:
+        take_number(folder, "made")
+        raise ConfigError("this worker's weights are others")
+
+    with pytest.raises(ConfigError, match=r"^this worker's weights are others$"):
+        carry_out(tmp_path, work, 3, cfg, make)
+    assert len(list(tmp_path.glob("made.*"))) == 1
+
+
+def test_no_job_needs_no_worker(tmp_path: Path) -> None:
+    for executor in ("inline", "ray"):
+        assert carry_out(tmp_path, work, 0, ExecutionConfig.model_validate({"executor": executor}), make_none) == []
+
+
+def test_a_stop_ends_between_jobs(tmp_path: Path) -> None:
+    stop = StopRequest()
+    make_worker = partial(Worker, tmp_path, work)
+    cfg = ExecutionConfig(executor="inline")
+    outcomes = run_jobs(range(5), make_worker, cfg, find_committed=partial(find_done, tmp_path), stop=stop)
+    assert next(outcomes) == entry_of(0)
+    stop.signal_name = "SIGTERM"
+    with pytest.raises(Interrupted):
+        next(outcomes)
+    assert attempts(tmp_path) == {0: 1}
+
+
+# ---- Ray -------------------------------------------------------------------------------------------------------------
+
+RAY = ExecutionConfig(executor="ray", workers=1, device="cpu")
+
+
+def die(job: int, attempt: int, folder: Path) -> None:
+    if job == 1 or (job == 4 and attempt == 1):
+        os._exit(139)
+    if job == 3:  # the work is done, only nobody was told
+        (folder / f"done-{job}").touch()
+        os._exit(1)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_a_job_that_kills_its_worker_is_given_up_and_no_other_is_blamed(tmp_path: Path) -> None:
+    """With one worker, the next job always waits on the worker that dies."""
+    outcomes = carry_out(tmp_path, die, 6, RAY)
+    assert attempts(tmp_path) == {0: 1, 1: 3, 2: 1, 3: 1, 4: 2, 5: 1}
+    failed = [outcome for outcome in outcomes if isinstance(outcome, FailedJob)]
+    assert [outcome.job for outcome in failed] == [1]
+    assert failed[0].reason.startswith("ActorDiedError: ")
+    entries = [outcome for outcome in outcomes if isinstance(outcome, ShardEntry)]
+    assert sorted(entry.index for entry in entries) == [0, 2, 3, 4, 5]
+    assert all(len(json.dumps(entry.to_json())) < 4096 for entry in entries)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize(
+    ("end", "reason"), [(os._exit, "ActorDiedError"), (sys.exit, "ActorDiedError|SystemExit"), (divmod, "TypeError")]
+)
+def test_workers_that_never_come_up_end_the_run(end: Callable[[int], object], reason: str, tmp_path: Path) -> None:
+    def make(folder: Path) -> Worker:
+        take_number(folder, "made")
+        end(1)
+        raise AssertionError
+
+    cfg = RAY.model_copy(update={"max_attempts": 1})
+    with pytest.raises(DecantError, match=f"no worker survives; the last one: ({reason})"):
+        carry_out(tmp_path, work, 5, cfg, make)
+    assert len(list(tmp_path.glob("made.*"))) == 3
+    assert not attempts(tmp_path)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_a_worker_that_dies_while_it_is_made_is_no_fault_of_a_job(tmp_path: Path) -> None:
+    def make(folder: Path) -> Worker:
+        if take_number(folder, "made") <= 2:
+            os._exit(1)
+        return Worker(folder, work)
+
+    outcomes = carry_out(tmp_path, work, 3, RAY.model_copy(update={"max_attempts": 1}), make)
+    assert outcomes == [entry_of(0), entry_of(1), entry_of(2)]
+
+
+def meet(job: int, attempt: int, folder: Path) -> None:
+    """Wait until another process is at work, too."""
+    (folder / f"here-{os.getpid()}").touch()
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("here-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_jobs_are_shared_out_evenly(tmp_path: Path) -> None:
+    """Two jobs for two workers: neither waits behind the other."""
+    outcomes = carry_out(tmp_path, meet, 2, RAY.model_copy(update={"workers": 2}))
+    assert len(outcomes) == 2
+    assert len(list(tmp_path.glob("here-*"))) == 2
+
+
+def sleep(job: int, attempt: int, folder: Path) -> None:
+    time.sleep(300)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_a_stop_does_not_wait_for_jobs(tmp_path: Path) -> None:
+    stop = StopRequest()
+
+    def ask_once_at_work() -> None:
+        while not attempts(tmp_path):
+            time.sleep(0.02)
+        stop.signal_name = "SIGINT"
+
+    threading.Thread(target=ask_once_at_work, daemon=True).start()
+    with pytest.raises(Interrupted):
+        carry_out(tmp_path, sleep, 3, RAY, stop=stop)
+    assert not list(tmp_path.glob("done-*"))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_more_workers_than_fit_are_refused_instead_of_waiting_for_ever(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"3 workers need 3 CPUs, Ray has 2; lower extract\.run\.workers"):
+        carry_out(tmp_path, work, 5, RAY.model_copy(update={"workers": 3}))
+    with pytest.raises(ConfigError, match="1 workers need 4 CPUs, Ray has 2"):
+        carry_out(tmp_path, work, 5, RAY.model_copy(update={"workers": 0, "threads": 4}))
+
+
+OWN_RAY = """
+import signal, sys
+from functools import partial
+from extract.cluster import run_jobs
+from extract.config import ExecutionConfig
+from storage.records import ShardEntry
+from storage.stage import StopRequest
+
+def mine(number, frame): ...
+
+def make():
+    return lambda job: ShardEntry(index=job, num_images=1, num_records=1, files=())
+
+signal.signal(signal.SIGTERM, mine)
+cfg = ExecutionConfig(executor="ray", workers=1, device="cpu")
+for entry in run_jobs(range(2), make, cfg, find_committed=lambda job: None, stop=StopRequest()):
+    assert signal.getsignal(signal.SIGTERM) is mine
+    print(entry.index)
+import ray
+print(ray.is_initialized(), signal.getsignal(signal.SIGTERM) is mine)
+"""
+
+
+@pytest.mark.ray
+def test_a_local_ray_comes_and_goes_by_itself_and_leaves_signals_alone(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parent.parent
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    found = subprocess.run(
+        [sys.executable, "-c", OWN_RAY],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert found.stdout.split() == ["0", "1", "False", "True"], found.stderr

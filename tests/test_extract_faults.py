@@ -1,0 +1,158 @@
+"""An extraction that is interrupted, killed or fails in places: the same command ends with the same bytes."""
+
+import functools
+import itertools
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import extract.worker
+from extract.config import ExecutionConfig, ExtractConfig
+from extract.run import run
+from storage.errors import QuarantineError
+from storage.records import ShardEntry
+from storage.stage import Interrupted, SilentProgress
+from storage.verify import iter_damage
+from storage.writer import committed_shards, load_plan
+
+CFG = ExtractConfig(
+    teacher="toy", views=2, records_per_shard=6, run=ExecutionConfig(executor="inline", batch_size=4, device="cpu")
+)
+"""16 training images in 6 shards."""
+MakeIndex = Callable[..., tuple[Path, object]]
+TreeBytes = Callable[[Path], dict[str, bytes]]
+
+
+@pytest.fixture
+def undisturbed(make_index: MakeIndex, tmp_path: Path, tree_bytes: TreeBytes) -> tuple[Path, dict[str, bytes]]:
+    """An index file, and the files of a store that was made from it in one go."""
+    data, _ = make_index()
+    run(CFG, {"data": data}, tmp_path / "undisturbed")
+    return data, tree_bytes(tmp_path / "undisturbed")
+
+
+@pytest.fixture
+def worked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The shards that are worked on from here on."""
+    shards: list[int] = []
+    extract_shard = extract.worker.extract_shard
+
+    def note(index: int, **arguments: object) -> ShardEntry:
+        shards.append(index)
+        return extract_shard(index, **arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(extract.worker, "extract_shard", note)
+    return shards
+
+
+# ---- interruptions ---------------------------------------------------------------------------------------------------
+
+
+class AfterShards(SilentProgress):
+    """Does something after some shards."""
+
+    def __init__(self, count: int, act: Callable[[], object]) -> None:
+        self.left, self.act = count, act
+
+    def advance(self, amount: int, **facts: object) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.act()
+
+
+def crash() -> None:
+    raise ZeroDivisionError("a bug in the middle")
+
+
+@pytest.mark.parametrize(
+    ("count", "act", "expected"),
+    [
+        (1, lambda: signal.raise_signal(signal.SIGTERM), Interrupted),
+        (5, lambda: signal.raise_signal(signal.SIGTERM), Interrupted),
+        (3, lambda: signal.raise_signal(signal.SIGINT), Interrupted),
+        (2, crash, ZeroDivisionError),
+    ],
+    ids=["SIGTERM", "SIGTERM at the end", "SIGINT", "bug"],
+)
+def test_an_interrupted_store_goes_on_where_it_stopped(
+    count: int, act: Callable[[], object], expected: type[Exception],
+    undisturbed: tuple[Path, dict[str, bytes]], worked: list[int], tree_bytes: TreeBytes, tmp_path: Path,
+) -> None:  # fmt: skip
+    data, files = undisturbed
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(expected):
+        run(CFG, {"data": data}, tmp_path / "store", AfterShards(count, act))
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert worked == list(range(count))
+    worked.clear()
+    run(CFG, {"data": data}, tmp_path / "store")
+    assert worked == list(range(count, 6))
+    assert tree_bytes(tmp_path / "store") == files
+
+
+def test_a_killed_store_goes_on_and_is_the_same(
+    make_index: MakeIndex, fork: Callable[[Callable[[], object]], int], tree_bytes: TreeBytes, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Killed at the n-th file that is given its final name: between two files of a shard, before or after a receipt."""
+    data, _ = make_index(per_class=4)
+    run(CFG, {"data": data}, tmp_path / "undisturbed")
+    files = tree_bytes(tmp_path / "undisturbed")
+
+    def die_at(name_number: int) -> None:
+        names = itertools.count(1)
+        for function in ("replace", "link"):
+            give_name = getattr(os, function)
+
+            def give(source: Path, target: Path, give_name: Callable[[Path, Path], None] = give_name) -> None:
+                if next(names) == name_number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                give_name(source, target)
+
+            monkeypatch.setattr(os, function, give)
+        run(CFG, {"data": data}, tmp_path / f"killed-{name_number}")
+
+    kills = 0
+    for at in itertools.count(1, 3):
+        _, status = os.waitpid(fork(functools.partial(die_at, at)), 0)
+        root = tmp_path / f"killed-{at}"
+        if os.WIFSIGNALED(status):
+            assert not (root / "manifest.json").exists()
+            kills += 1
+        run(CFG, {"data": data}, root)
+        assert tree_bytes(root) == files
+        assert all(not damage for _, damage in iter_damage(root))
+        if not os.WIFSIGNALED(status):
+            break
+    assert kills >= len(files) // 3
+
+
+# ---- quarantine ------------------------------------------------------------------------------------------------------
+
+
+def test_a_shard_that_always_fails_is_given_up_and_the_others_finish(
+    undisturbed: tuple[Path, dict[str, bytes]], tree_bytes: TreeBytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, files = undisturbed
+    extract_shard = extract.worker.extract_shard
+    attempts: list[int] = []
+
+    def fail(index: int, **arguments: object) -> ShardEntry:
+        attempts.append(index)
+        if index == 2 or (index == 4 and attempts.count(4) < 3):
+            raise RuntimeError("out of something")
+        return extract_shard(index, **arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(extract.worker, "extract_shard", fail)
+    with pytest.raises(QuarantineError, match=r"1 of 6 shards .* 3 attempts .*shard 2: RuntimeError: out of something"):
+        run(CFG, {"data": data}, tmp_path / "store")
+    assert attempts == [0, 1, 2, 2, 2, 3, 4, 4, 4, 5]
+    assert sorted(committed_shards(tmp_path / "store", load_plan(tmp_path / "store"))) == [0, 1, 3, 4, 5]
+    assert not (tmp_path / "store" / "manifest.json").exists()
+
+    monkeypatch.setattr(extract.worker, "extract_shard", extract_shard)
+    run(CFG, {"data": data}, tmp_path / "store")
+    assert tree_bytes(tmp_path / "store") == files

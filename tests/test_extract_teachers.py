@@ -1,0 +1,234 @@
+"""The table of teachers against the libraries' own tables, and what each builder taps against a plain forward pass."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor
+
+from extract.backends import Teacher, choose_device, load_teacher
+from extract.teachers import TEACHERS, TeacherSpec, find_teacher
+from storage.errors import ConfigError, InputError
+
+HUB = [spec for spec in TEACHERS.values() if spec.weights.startswith("hub")]
+
+
+def some_pixels(side: int, count: int = 2) -> Tensor:
+    return torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def normalise(pixels: Tensor, spec: TeacherSpec) -> Tensor:
+    """uint8 pixels to what a network wants, one channel after the other."""
+    planes = [(pixels[..., c].float() / 255 - spec.mean[c]) / spec.std[c] for c in range(3)]
+    return torch.stack(planes, dim=1)
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_consistent() -> None:
+    for name, spec in TEACHERS.items():
+        assert spec.name == name
+        assert spec.input_px % spec.patch_px == 0
+        assert spec.weights.split(":")[0] in ("hub", "package", "random")
+        assert spec.licence
+        side = spec.input_px // spec.patch_px
+        assert spec.feature_spec().shape_TC == (spec.num_prefix_tokens + side * side, spec.channels)
+    assert find_teacher("clip-l").feature_spec().shape_TC == (257, 1024)
+    assert find_teacher("clip-b").feature_spec(256).grid_hw == (16, 16)
+
+
+@pytest.mark.parametrize("spec", [s for s in HUB if s.library == "timm"], ids=lambda s: s.name)
+def test_timm_rows_are_what_timm_says(spec: TeacherSpec) -> None:
+    published = timm.get_pretrained_cfg(spec.model)
+    assert published.hf_hub_id, "such a model would silently keep its random weights"
+    assert (published.mean, published.std) == (spec.mean, spec.std)
+    assert published.input_size == (3, spec.input_px, spec.input_px)
+    assert (published.license or "").lower() == spec.licence.lower()
+    with torch.device("meta"):
+        model: Any = timm.create_model(spec.model)
+    assert model.embed_dim == spec.channels
+    assert model.num_prefix_tokens == spec.num_prefix_tokens
+    assert model.patch_embed.patch_size == (spec.patch_px, spec.patch_px)
+
+
+@pytest.mark.parametrize("spec", [s for s in HUB if s.library == "open_clip"], ids=lambda s: s.name)
+def test_open_clip_rows_are_what_open_clip_says(spec: TeacherSpec) -> None:
+    tag = spec.weights.partition(":")[2]
+    published = open_clip.get_pretrained_cfg(spec.model, tag)
+    config = open_clip.get_model_config(spec.model)
+    assert config is not None
+    assert (published["mean"], published["std"]) == (spec.mean, spec.std)
+    assert published["quick_gelu"] == config["quick_gelu"], "the activation that the weights were trained with"
+    vision = [config["vision_cfg"][name] for name in ("image_size", "patch_size", "width")]
+    assert vision == [spec.input_px, spec.patch_px, spec.channels]
+
+
+def test_an_unknown_name_offers_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="unknown teacher 'clip-x'; did you mean 'clip-"):
+        find_teacher("clip-x")
+    with pytest.raises(ConfigError, match=r"known: clip-b, .*toy"):
+        find_teacher("zzzzzz")
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="use device=cpu"):
+        choose_device("cuda")
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+
+
+# ---- no network ------------------------------------------------------------------------------------------------------
+
+
+def refuse(*args: object, **kwargs: object) -> None:
+    raise OSError("Network is unreachable\nand a long story about it")
+
+
+@pytest.mark.parametrize("name", ["clip-b", "dino-s"])
+def test_no_network_is_one_line_that_names_the_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in (timm, open_clip):
+        monkeypatch.setattr(library, "create_model", refuse)
+    with pytest.raises(InputError) as caught:
+        load_teacher(find_teacher(name))
+    message = str(caught.value)
+    assert repr(name) in message
+    assert find_teacher(name).model in message
+    assert "Network is unreachable;" in message
+    assert "WEIGHTS=<file>" in message
+    assert "\n" not in message
+
+
+# ---- taps: last block, then the final norm on every token ------------------------------------------------------------
+
+
+def timm_spec(model: str, *, prefix: int, patch_px: int, channels: int) -> TeacherSpec:
+    return find_teacher("dino-s").model_copy(
+        update={
+            "model": model, "weights": "random", "input_px": 3 * patch_px, "patch_px": patch_px, "channels": channels,
+            "num_prefix_tokens": prefix,
+        }
+    )  # fmt: skip
+
+
+PLAIN_VIT = timm_spec("test_vit", prefix=1, patch_px=16, channels=64)
+VIT_WITH_REGISTERS = timm_spec("vit_small_patch14_reg4_dinov2", prefix=5, patch_px=14, channels=384)
+
+
+def timm_tokens(model: Any, images: Tensor) -> Tensor:
+    """A timm ViT's forward pass, block by block."""
+    tokens = model._pos_embed(model.patch_embed(images))
+    for block in model.blocks:
+        tokens = block(tokens)
+    return model.norm(tokens)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("spec", [PLAIN_VIT, VIT_WITH_REGISTERS], ids=lambda spec: spec.model)
+def test_timm_vits_give_all_tokens_through_the_final_norm(spec: TeacherSpec) -> None:
+    torch.manual_seed(3)
+    teacher = load_teacher(spec, device="cpu")
+    model: Any = teacher.module
+    torch.nn.init.normal_(model.norm.weight)  # a norm that does nothing would hide that it was left out
+    pixels = some_pixels(spec.input_px)
+    tokens = teacher(pixels)
+    assert tokens.shape == (2, spec.num_prefix_tokens + 9, spec.channels)
+    with torch.inference_mode():
+        torch.testing.assert_close(tokens, timm_tokens(model, normalise(pixels, spec)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def clip_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TeacherSpec:
+    """A very small CLIP that open_clip's own builder makes."""
+    for table in ("_MODEL_CONFIGS", "_MODEL_CONFIG_PATHS"):
+        known = getattr(open_clip.factory, table)
+        monkeypatch.setattr(open_clip.factory, table, type(known)(known))
+    config = {
+        "embed_dim": 16,
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
+        "text_cfg": {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1},
+    }
+    (tmp_path / "tiny-clip.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "tiny-clip.json")
+    return find_teacher("clip-b").model_copy(
+        update={"model": "tiny-clip", "weights": "random", "input_px": 32, "patch_px": 8, "channels": 64}
+    )
+
+
+def clip_tokens(tower: Any, images: Tensor) -> Tensor:
+    """OpenAI's forward pass, written out, without pooling and projection."""
+    grid = tower.conv1(images).flatten(2).transpose(1, 2)
+    cls = tower.class_embedding.expand(len(grid), 1, -1)
+    tokens = tower.ln_pre(torch.cat([cls, grid], dim=1) + tower.positional_embedding)
+    for block in tower.transformer.resblocks:
+        normed = block.ln_1(tokens)
+        tokens = tokens + block.attn(normed, normed, normed, need_weights=False)[0]
+        hidden = block.mlp.c_fc(block.ln_2(tokens))
+        tokens = tokens + block.mlp.c_proj(hidden * torch.sigmoid(1.702 * hidden))
+    return tower.ln_post(tokens)  # type: ignore[no-any-return]
+
+
+def make_clip(spec: TeacherSpec, folder: Path) -> tuple[Any, Path]:
+    """A whole CLIP with a final norm that does something, and its weights file as open_clip publishes it."""
+    torch.manual_seed(4)
+    model: Any = open_clip.create_model(spec.model, pretrained=None).eval()
+    torch.nn.init.normal_(model.visual.ln_post.weight)
+    safetensors.torch.save_file(model.state_dict(), folder / "clip.safetensors")
+    return model, folder / "clip.safetensors"
+
+
+def test_clip_gives_all_tokens_through_ln_post_before_the_projection(clip_spec: TeacherSpec, tmp_path: Path) -> None:
+    """The file is a whole CLIP: only its image tower is the teacher."""
+    model, path = make_clip(clip_spec, tmp_path)
+    pixels = some_pixels(32)
+    teacher = load_teacher(clip_spec, weights=path)
+    tokens = teacher(pixels)
+    assert tokens.shape == (2, 17, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            tokens, clip_tokens(model.visual, normalise(pixels, clip_spec)), rtol=1e-4, atol=1e-4
+        )
+    safetensors.torch.save_file(model.visual.state_dict(), tmp_path / "tower.safetensors")
+    assert load_teacher(clip_spec, weights=tmp_path / "tower.safetensors").fingerprint == teacher.fingerprint
+
+
+def test_clip_weights_that_do_not_fit_are_listed(clip_spec: TeacherSpec, tmp_path: Path) -> None:
+    _, path = make_clip(clip_spec, tmp_path)
+    state = safetensors.torch.load_file(path)
+    del state["visual.ln_post.bias"]
+    safetensors.torch.save_file(state, path)
+    with pytest.raises(InputError, match=r"missing 1 \(ln_post\.bias\); unexpected none"):
+        load_teacher(clip_spec, weights=path)
+
+
+def grid_embedding(state: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
+    """A position embedding as its prefix and its square grid (1, C, H, W)."""
+    values = state[name].reshape(-1, state[name].shape[-1])
+    side = int((len(values) - 1) ** 0.5)
+    return values[:1], values[1:].T.reshape(1, -1, side, side)
+
+
+def test_another_input_size_resamples_position_embeddings(clip_spec: TeacherSpec, tmp_path: Path) -> None:
+    """As the libraries do it for weights of their own: bicubic, antialiased, the CLS token's left alone."""
+    _, clip_file = make_clip(clip_spec, tmp_path)
+    vit: Any = timm.create_model(PLAIN_VIT.model, img_size=PLAIN_VIT.input_px)
+    safetensors.torch.save_file(vit.state_dict(), tmp_path / "vit.safetensors")
+    cases = [
+        (clip_spec, clip_file, 56, "visual.positional_embedding", "positional_embedding"),
+        (PLAIN_VIT, tmp_path / "vit.safetensors", 96, "pos_embed", "pos_embed"),
+    ]
+    for spec, path, input_px, name_in_file, name in cases:
+        teacher: Teacher = load_teacher(spec, weights=path, input_px=input_px, device="cpu")
+        side = input_px // spec.patch_px
+        assert teacher.features.grid_hw == (side, side)
+        assert teacher(some_pixels(input_px)).shape[1:] == teacher.features.shape_TC
+        prefix, grid = grid_embedding(safetensors.torch.load_file(path), name_in_file)
+        expected = torch.nn.functional.interpolate(grid, (side, side), mode="bicubic", antialias=True)
+        found = grid_embedding(teacher.module.state_dict(), name)
+        assert torch.equal(found[0], prefix)
+        torch.testing.assert_close(found[1], expected)

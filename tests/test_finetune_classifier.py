@@ -1,0 +1,162 @@
+"""A distilled student becomes a classifier: which tensors go where, and that it computes what it should."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models.beit import Beit
+from torch import Tensor
+
+from distill.checkpoint import load_weights, save_weights
+from distill.config import StudentConfig, find_student
+from distill.optim import build_optimizer
+from distill.student import build_student
+from finetune.classifier import build_classifier, classifier_state, count_correct, layer_lr_scale
+from finetune.config import FinetuneConfig
+from finetune.run import student_shape
+from storage.errors import DamagedError
+
+TOY = find_student("toy")
+TABLE = "rel_pos_bias.relative_position_bias_table"
+SaveStudent = Callable[..., Path]
+
+
+@pytest.fixture
+def save_student(tmp_path: Path) -> SaveStudent:
+    """A student of random weights everywhere, also where a fresh one has zeros and ones; gives its file."""
+
+    def save(cfg: StudentConfig = TOY) -> Path:
+        generator = torch.Generator().manual_seed(1)
+        student = build_student(cfg, drop_path=0.0)
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        path = tmp_path / "student.safetensors"
+        save_weights(path, student.state_dict(), {"student": cfg.model_dump_json()})
+        return path
+
+    return save
+
+
+def classifier_of(weights: Path | None, cfg: StudentConfig = TOY, num_classes: int = 5) -> Beit:
+    return build_classifier(cfg, num_classes=num_classes, drop_path=0.0, weights=weights).eval()
+
+
+def test_shared_table_goes_into_every_block_and_the_final_norm_nowhere(save_student: SaveStudent) -> None:
+    student = load_weights(save_student())
+    state = classifier_state(student, TOY.depth)
+    tables = [name for name in state if "relative_position_bias_table" in name]
+    assert tables == [f"blocks.{n}.attn.relative_position_bias_table" for n in range(TOY.depth)]
+    assert all(torch.equal(state[name], student[TABLE]) for name in tables)
+    assert len({state[name].data_ptr() for name in tables}) == TOY.depth, "from now on each block has its own"
+    assert "norm.weight" in student
+    assert not [name for name in state if name.startswith(("norm.", "rel_pos_bias."))]
+    untouched = set(student) - {TABLE, "norm.weight", "norm.bias"}
+    assert all(torch.equal(state[name], student[name]) for name in untouched)
+    assert untouched <= set(state)
+
+
+def test_logits_equal_an_independent_forward(save_student: SaveStudent) -> None:
+    """Student tokens before its final norm -> mean of the patches -> the new norm -> the head."""
+    path = save_student()
+    model = classifier_of(path)
+    generator = torch.Generator().manual_seed(2)
+    fresh = {
+        name: torch.randn(parameter.shape, generator=generator)
+        for name, parameter in model.named_parameters()
+        if name.startswith(("fc_norm.", "head."))
+    }
+    assert sorted(fresh) == ["fc_norm.bias", "fc_norm.weight", "head.bias", "head.weight"]
+    model.load_state_dict(fresh, strict=False)
+    images_BCHW = torch.randn(3, 3, TOY.input_px, TOY.input_px, generator=generator)
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            model(images_BCHW), plain_logits(load_weights(path), fresh, images_BCHW), rtol=1e-4, atol=1e-5
+        )
+
+
+def plain_logits(student: dict[str, Tensor], fresh: dict[str, Tensor], images_BCHW: Tensor) -> Tensor:
+    body = build_student(TOY, drop_path=0.0).eval()
+    body.load_state_dict(student)
+    body.norm = torch.nn.Identity()
+    patches_BTC = body.forward_features(images_BCHW)[:, 1:]
+    pooled_BC = F.layer_norm(patches_BTC.mean(1), (TOY.width,), fresh["fc_norm.weight"], fresh["fc_norm.bias"], 1e-6)
+    return F.linear(pooled_BC, fresh["head.weight"], fresh["head.bias"])
+
+
+def test_scratch_takes_nothing_from_a_student() -> None:
+    torch.manual_seed(3)
+    first = classifier_of(None).state_dict()
+    torch.manual_seed(3)
+    second = classifier_of(None).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert first["head.weight"].shape == (5, TOY.width)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [
+        ("patch_embed.proj.weight", 1 / 16),
+        ("cls_token", 1 / 16),
+        ("blocks.0.attn.qkv.weight", 1 / 8),
+        ("blocks.1.attn.relative_position_bias_table", 1 / 4),
+        ("blocks.2.gamma_1", 1 / 2),
+        ("fc_norm.weight", 1.0),
+        ("head.bias", 1.0),
+    ],
+)
+def test_layer_lr_scale(name: str, scale: float) -> None:
+    assert layer_lr_scale(3, 0.5)(name) == scale
+
+
+def test_every_parameter_of_a_classifier_gets_the_share_of_its_layer() -> None:
+    depth, decay = 12, 0.65
+    model = classifier_of(None, StudentConfig(input_px=32, patch_px=16, width=16, depth=depth, heads=2))
+    groups = build_optimizer(model, FinetuneConfig().optim, lr_scale=layer_lr_scale(depth, decay)).param_groups
+    shares = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        if name.startswith("blocks."):
+            below = depth - int(name.split(".")[1])
+        else:
+            below = depth + 1 if name.startswith(("patch_embed.", "cls_token")) else 0
+        assert shares[id(parameter)] == pytest.approx(decay**below), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"width": 64}, "expected (64"), ({"depth": 3}, "blocks.2."), ({"depth": 1}, "expected none"),
+     ({"patch_px": 16}, "found (")],
+)  # fmt: skip
+def test_weights_of_another_shape_are_refused(save_student: SaveStudent, changes: dict[str, int], said: str) -> None:
+    path = save_student()
+    other = StudentConfig.model_validate(TOY.to_json() | changes)
+    with pytest.raises(DamagedError, match="not a student of this shape") as caught:
+        classifier_of(path, other)
+    assert said in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "make distill" in str(caught.value)
+
+
+def test_shape_is_read_from_the_header(save_student: SaveStudent) -> None:
+    cfg = StudentConfig(input_px=32, patch_px=16, width=48, depth=1, heads=3, layer_scale=0.0)
+    assert student_shape(save_student(cfg)) == cfg
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "text", "cut", "no header"])
+def test_a_file_that_is_no_student_is_refused(save_student: SaveStudent, tmp_path: Path, kind: str) -> None:
+    path = save_student()
+    if kind == "missing":
+        path.unlink()
+    elif kind == "no header":
+        save_weights(path, {"a": torch.zeros(2)}, {})
+    else:
+        path.write_bytes({"empty": b"", "text": b"<html>not found</html>", "cut": path.read_bytes()[:-100]}[kind])
+    with pytest.raises(DamagedError, match=r"not a distilled student.*run `make distill FORCE=1`"):
+        student_shape(path)
+
+
+def test_count_correct() -> None:
+    logits_BN = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 0.5], [0.0, 0.1, 9.0]])
+    assert count_correct(logits_BN, torch.tensor([0, 2, 2])) == 2

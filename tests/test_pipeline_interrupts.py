@@ -1,0 +1,198 @@
+"""Ctrl-C and kills in every stage, and at any moment: the same command goes on, and ends with the same bytes.
+
+Commands run in processes of their own. They are forked from one that has loaded the libraries already: that takes
+seconds, a run a fraction of one.
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+from pipeline.stages import STAGES
+from pipeline.workspace import Workspace, find_damage
+
+FORKER = """
+import json, os, signal, sys, time
+import distill.run, extract.run, finetune.evaluate, finetune.run, pipeline.report
+from pipeline import cli, screen
+
+def hold_at(text, write):
+    def hold(*words, **options):
+        write(*words, **options)
+        if words and text in str(words[0]):
+            time.sleep(0.5)  # the moment at which the test sends its signal
+    return hold
+
+def run(request):
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell would have it ignored
+    if request["hold"]:
+        screen.console.print = hold_at(request["hold"], screen.console.print)
+        render = pipeline.report.render_page
+        pipeline.report.render_page = lambda *facts: screen.console.print("rendering") or render(*facts)
+    sys.argv = ["decant", *request["arguments"]]
+    cli.main()
+
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            run(json.loads(line))
+            code = 0
+        except SystemExit as stopped:
+            code = stopped.code
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+MOMENTS = {
+    "extract": "extract: 4/16 images",
+    "distill": "distill: 1/8 steps",
+    "finetune": "finetune: 1/4 steps",
+    "evaluate": "linear probe on the student",
+    "report": "rendering",
+}
+"""What a run prints when a stage is at work."""
+
+
+class Command:
+    """A command under way in a process of its own."""
+
+    def __init__(self, forker: "subprocess.Popen[str]", log: Path, arguments: list[str], hold: str) -> None:
+        self.log = log
+        log.unlink(missing_ok=True)
+        assert forker.stdin is not None
+        assert forker.stdout is not None
+        self._answers: IO[str] = forker.stdout
+        forker.stdin.write(json.dumps({"log": str(log), "arguments": arguments, "hold": hold}) + "\n")
+        forker.stdin.flush()
+        self.pid = int(self._answers.readline())
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.log.read_text().split()) if self.log.exists() else ""
+
+    def wait_for(self, text: str) -> None:
+        end = time.monotonic() + 60
+        while text not in self.text:
+            assert time.monotonic() < end, self.text
+            time.sleep(0.005)
+
+    def send(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it may have ended a moment ago
+            os.kill(self.pid, number)
+
+    def end(self) -> int:
+        """Wait for it; gives the exit code, or minus the number of the signal that killed it."""
+        return int(self._answers.readline())
+
+
+@pytest.fixture(scope="module")
+def forker() -> Iterator["subprocess.Popen[str]"]:
+    root = Path(__file__).resolve().parent.parent
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKER], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(60) == 0
+
+
+@pytest.fixture
+def start(forker: "subprocess.Popen[str]", finished_run: tuple[Path, Path], tmp_path: Path) -> Callable[..., Command]:
+    """Start `run` on the images of the finished run, in a work folder of one's own."""
+    arguments = ["run", "--preset", "smoke", "--data", str(finished_run[0]), "--work", str(tmp_path / "runs")]
+
+    def run(hold: str = "") -> Command:
+        return Command(forker, tmp_path / "log.txt", arguments, hold)
+
+    return run
+
+
+def comparable(work: Path, same_bytes: Callable[[Path], dict[str, object]]) -> dict[str, object]:
+    """All that is bound to be the same in two runs; times are not."""
+    files = {part: same_bytes(work / part) for part in ("stores", "students", "finetune", "evaluate", "data")}
+    [(_, finetuned)] = Workspace(work).results(STAGES["finetune"])
+    [(_, evaluated)] = Workspace(work).results(STAGES["evaluate"])
+    numbers = [(m["start"], m["seed"], m["accuracy"], m["history"]) for m in finetuned.metrics["members"]]
+    probes = [evaluated.metrics[name]["accuracy"] for name in ("teacher_probe", "student_probe")]
+    return {"files": files, "members": numbers, "probes": probes, "held out": evaluated.metrics["held_out"]}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_run_that_is_stopped_in_every_stage_ends_with_the_same_bytes(
+    start: Callable[..., Command], number: signal.Signals, finished_run: tuple[Path, Path], tmp_path: Path,
+    same_bytes: Callable[[Path], dict[str, object]],
+) -> None:  # fmt: skip
+    work = Workspace(tmp_path / "runs")
+    stages = [stage for stage in MOMENTS if number != signal.SIGTERM or stage != "report"]  # it has no safe point
+    reason = "was stopped from outside" if number == signal.SIGKILL else "was interrupted"
+    before = ""
+    for stage in stages:
+        command = start(hold=MOMENTS[stage])
+        command.wait_for(MOMENTS[stage])
+        command.send(number)
+        code, text = command.end(), command.text
+        assert code == (-9 if number == signal.SIGKILL else 130), text
+        if number != signal.SIGKILL:
+            assert "interrupted; everything finished so far is kept. Go on with: decant run --preset smoke" in text
+            assert "Traceback" not in text
+        assert not before or f"{before} resume {reason} last time" in text
+        assert not work.results(STAGES[stage]), "a stage that was stopped has no result"
+        before = stage
+    command = start()
+    assert command.end() == 0, command.text
+    assert f"{before} resume {reason} last time" in command.text
+    assert comparable(work.root, same_bytes) == comparable(finished_run[1], same_bytes)
+    assert not [path for path in work.root.rglob("*") if path.suffix in (".partial", ".again", ".old")]
+    command = start()
+    assert (command.end(), command.text.count(" skip ")) == (0, len(STAGES))
+
+
+def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bytes(
+    start: Callable[..., Command], finished_run: tuple[Path, Path], tmp_path: Path,
+    same_bytes: Callable[[Path], dict[str, object]],
+) -> None:  # fmt: skip
+    """After each kill, whatever calls itself done is whole."""
+    work, seed = Workspace(tmp_path / "runs"), random.randrange(10**6)
+    print(f"seed {seed}")
+    moments = random.Random(seed)
+    for _ in range(8):
+        command = start()
+        time.sleep(moments.uniform(0.01, 0.9))
+        command.send(signal.SIGKILL)
+        if command.end() == 0:
+            break
+        done = [(stage, *found) for stage in STAGES.values() for found in work.results(stage)]
+        assert not [find_damage(*found) for found in done if find_damage(*found)]
+    command = start()
+    assert command.end() == 0, command.text
+    assert comparable(work.root, same_bytes) == comparable(finished_run[1], same_bytes)
+
+
+def test_a_second_command_gives_way_to_the_first(start: Callable[..., Command], tmp_path: Path, decant: Any) -> None:
+    command = start(hold=MOMENTS["distill"])
+    command.wait_for(MOMENTS["distill"])
+    outcome = decant("distill", "--work", tmp_path / "runs")
+    assert outcome.code == 4
+    assert f"is being written by process {command.pid} on" in outcome.err
+    assert "wait for it to end, or stop it" in outcome.err
+    assert command.end() == 0, command.text
+    assert decant("distill", "--work", tmp_path / "runs").code == 0

@@ -1,0 +1,303 @@
+"""Full disks, killed processes, lost power: going on afterwards gives the bytes of an undisturbed store."""
+
+import errno
+import io
+import os
+import random
+import resource
+import shutil
+import signal
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import storage.atomic
+from storage import zarr_format
+from storage.errors import DiskError, InputError
+from storage.image_index import ImageList
+from storage.lock import hold_lock
+from storage.reader import open_store
+from storage.records import StorePlan
+from storage.verify import iter_damage
+from storage.writer import committed_shards, create_store, finish_store, sweep
+
+Fill = Callable[[Path], None]
+Fork = Callable[[Callable[[], object]], int]
+TreeBytes = Callable[[Path], dict[str, bytes]]
+
+
+@pytest.fixture
+def tmp_path(in_memory: Path) -> Path:
+    return in_memory
+
+
+@pytest.fixture
+def small(image_list: Callable[[int], ImageList], store_plan: Callable[..., StorePlan]) -> tuple[StorePlan, ImageList]:
+    images = image_list(3)
+    return store_plan(images, views_per_image=1, images_per_shard=2), images
+
+
+@pytest.fixture
+def fill(small: tuple[StorePlan, ImageList], fill_shard: Any, monkeypatch: pytest.MonkeyPatch) -> Fill:
+    """What extraction does: begin or go on, commit what is missing, finish."""
+    plan, images = small
+    metadata = zarr_format.encode_metadata(plan)
+    monkeypatch.setattr(zarr_format, "encode_metadata", lambda plan: dict(metadata))  # once is slow enough
+
+    def work(root: Path) -> None:
+        create_store(root, plan, images)
+        sweep(root, plan)
+        done = committed_shards(root, plan)
+        for index in range(plan.num_shards):
+            if index not in done:
+                fill_shard(root, plan, images, index, bad=images.keys[1:2]).commit()
+        finish_store(root)
+
+    return work
+
+
+class Steps:
+    """Calls `stop` in the place of step number `at` of all that changes a disk: write, fsync, rename, link, new folder.
+    Of a write, half is done before."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, at: int, stop: Callable[[], object]) -> None:
+        self.count, self.at, self.stop = 0, at, stop
+        for name in ("replace", "link", "mkdir"):
+            patch.setattr(os, name, self.counted(getattr(os, name)))
+        patch.setattr(os, "fsync", self.counted(lambda descriptor: None))
+        steps = self
+
+        class File(io.FileIO):
+            def write(self, data: Any) -> int:
+                steps.count += 1
+                if steps.count == steps.at:
+                    super().write(data[: len(data) // 2])
+                    steps.stop()
+                return super().write(data)
+
+        patch.setattr(storage.atomic, "open", File, raising=False)
+
+    def counted(self, function: Callable[..., object]) -> Callable[..., object]:
+        def step(*arguments: Any, **options: Any) -> object:
+            self.count += 1
+            if self.count == self.at:
+                self.stop()
+            return function(*arguments, **options)
+
+        return step
+
+
+def raise_full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def assert_honest(root: Path) -> None:
+    """What a stopped writer left is either not there for a reader, or whole."""
+    if (root / "manifest.json").exists():
+        assert not any(damage for _, damage in iter_damage(root))
+    else:
+        with pytest.raises(InputError):
+            open_store(root)
+    if (root / "plan.json").exists():
+        found = [problem for _, damage in iter_damage(root) for problem in damage]
+        assert all(problem.found.startswith("missing: not extracted") for problem in found), found
+
+
+@pytest.fixture
+def undisturbed(tmp_path: Path, fill: Fill, tree_bytes: TreeBytes) -> dict[str, bytes]:
+    fill(tmp_path / "undisturbed")
+    return tree_bytes(tmp_path / "undisturbed")
+
+
+def test_a_full_disk_at_every_single_step(tmp_path: Path, fill: Fill, undisturbed: Any, tree_bytes: TreeBytes) -> None:
+    at = 0
+    is_over = False
+    while not is_over:
+        at += 1
+        root = tmp_path / "store"
+        shutil.rmtree(root, ignore_errors=True)
+        with pytest.MonkeyPatch.context() as patch:
+            steps = Steps(patch, at, raise_full)
+            try:
+                fill(root)
+                is_over = steps.count < at  # otherwise a new folder was refused that is there already
+            except DiskError as error:
+                assert "the disk is full" in str(error) and "give the same command again" in str(error)
+            assert not list(root.rglob("*.partial")), f"step {at}"
+            assert_honest(root)
+            fill(root)
+        assert tree_bytes(root) == undisturbed, f"step {at}"
+    assert at > 100
+
+
+def test_sudden_death_at_every_single_step(
+    tmp_path: Path, fill: Fill, undisturbed: Any, tree_bytes: TreeBytes, fork: Fork
+) -> None:
+    at, status = 0, 1
+    while status:
+        at += 1
+        root = tmp_path / "store"
+        shutil.rmtree(root, ignore_errors=True)
+
+        def work(root: Path = root, at: int = at) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                Steps(patch, at, lambda: os._exit(137))
+                fill(root)
+
+        status = os.waitstatus_to_exitcode(os.waitpid(fork(work), 0)[1])
+        assert status in (0, 137)
+        assert_honest(root)
+        with pytest.MonkeyPatch.context() as patch:
+            Steps(patch, 0, raise_full)  # for its `fsync`, which does nothing
+            fill(root)
+        assert tree_bytes(root) == undisturbed, f"step {at}"
+    assert at > 100
+
+
+def test_kills_at_random_moments(tmp_path: Path, fill: Fill, tree_bytes: TreeBytes, fork: Fork) -> None:
+    """Each store is killed again and again until it is finished in spite of that."""
+    seed = time.time_ns() % 2**32
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    started = time.monotonic()
+    fill(tmp_path / "undisturbed")
+    seconds = time.monotonic() - started
+    undisturbed = tree_bytes(tmp_path / "undisturbed")
+    kills, number = 0, 0
+    while kills < 60:
+        number += 1
+        root = tmp_path / f"store{number}"
+        for _ in range(5):
+            process = fork(lambda root=root: fill(root))
+            time.sleep(chance.uniform(0, seconds))
+            os.kill(process, signal.SIGKILL)
+            if not os.WIFSIGNALED(os.waitpid(process, 0)[1]):
+                break
+            kills += 1
+            assert_honest(root)
+        fill(root)
+        assert tree_bytes(root) == undisturbed, f"seed {seed}, store {number}"
+        assert not list(root.rglob("*.partial")) and not list((root / "attempts").glob("*"))
+
+
+@pytest.mark.parametrize("limit", [100, 300, 2000])
+def test_a_real_limit_of_file_sizes(
+    limit: int, tmp_path: Path, small: Any, fill: Fill, undisturbed: Any, tree_bytes: TreeBytes, fork: Fork
+) -> None:
+    root = tmp_path / "store"
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        with pytest.raises(DiskError, match=r"file-size limit.*make room, then give the same command again"):
+            fill(root)
+
+    if limit == 300:
+        fill(root)
+        shutil.rmtree(root / "receipts")
+    assert os.waitpid(fork(work), 0)[1] == 0
+    assert_honest(root)
+    fill(root)
+    assert tree_bytes(root) == undisturbed
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.EFBIG, errno.EIO])
+@pytest.mark.parametrize("at", [1, 2, 4, 5, 6])
+def test_other_refusals_of_the_system(number: int, at: int, tmp_path: Path, fill: Fill) -> None:
+    def refuse() -> None:
+        raise OSError(number, os.strerror(number))
+
+    with pytest.MonkeyPatch.context() as patch:
+        Steps(patch, at, refuse)
+        with pytest.raises(DiskError, match=f"cannot write {tmp_path}") as error:
+            fill(tmp_path / "store")
+    is_full = number in (errno.EDQUOT, errno.EFBIG)
+    assert ("make room" if is_full else f"{os.strerror(number)}; choose another folder") in str(error.value)
+    assert_honest(tmp_path / "store")
+
+
+def test_a_file_in_the_place_of_a_folder(tmp_path: Path, fill: Fill) -> None:
+    (tmp_path / "file").write_text("")
+    for root in (tmp_path / "file", tmp_path / "file" / "store"):
+        with pytest.raises(DiskError, match="Not a directory; choose another folder"):
+            fill(root)
+        with pytest.raises(DiskError, match="Not a directory; choose another folder"), hold_lock(root):
+            pass
+
+
+def test_a_store_that_may_only_be_read(small: Any, fill: Fill, fork: Fork) -> None:
+    plan, images = small
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "store"
+        fill(root)
+        for path in (Path(folder), root, *root.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+
+        def work() -> None:
+            if os.getuid() == 0:
+                os.setuid(65534)  # root may write anywhere
+            assert len(list(open_store(root).iter_shard(0))) == 1
+            assert not any(damage for _, damage in iter_damage(root))
+            create_store(root, plan, images)  # nothing to write
+            for refused in (lambda: hold_lock(root).__enter__(), lambda: finish_store(root), lambda: fill(root.parent)):
+                with pytest.raises(DiskError, match="Permission denied; choose another folder"):
+                    refused()
+
+        assert os.waitpid(fork(work), 0)[1] == 0
+        for path in (Path(folder), root, *root.rglob("*")):
+            path.chmod(0o755)
+
+
+# Loss of power
+
+
+@pytest.fixture
+def durable(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
+    """The inodes of all files and folders as they were fsynced, forgotten again when a folder gets a new entry."""
+    kept: set[int] = set()
+    kinds = {"replace": os.replace, "link": os.link, "mkdir": os.mkdir}
+
+    def changing(name: str) -> Callable[..., None]:
+        def change(*arguments: Any, **options: Any) -> None:
+            kinds[name](*arguments, **options)
+            kept.discard(Path(arguments[0 if name == "mkdir" else 1]).parent.stat().st_ino)
+
+        return change
+
+    for name in kinds:
+        monkeypatch.setattr(os, name, changing(name))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: kept.add(os.fstat(descriptor).st_ino))
+    return kept
+
+
+def test_a_receipt_is_written_after_everything_else_is_safe(
+    tmp_path: Path, small: Any, fill_shard: Any, durable: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, images = small
+    root = tmp_path / "new" / "store"
+    create_store(root, plan, images)
+    link, seen = os.link, []
+
+    def unsafe(top: Path) -> list[Path]:
+        paths = [top, *(path for path in top.rglob("*") if "attempts" not in path.parts)]
+        return [path for path in paths if path.stat().st_ino not in durable and ".partial" not in path.name]
+
+    def checked(source: Path, target: Path) -> None:
+        seen.append(target.name)
+        assert stat.S_ISREG(source.stat().st_mode) and source.stat().st_ino in durable
+        assert [path for path in unsafe(root) if path not in (root, root / "receipts")] == []
+        link(source, target)
+
+    assert unsafe(tmp_path / "new") == []
+    monkeypatch.setattr(os, "link", checked)
+    fill_shard(root, plan, images, 0).commit()
+    assert seen == ["00000.json"]
+    monkeypatch.setattr(os, "link", link)
+    fill_shard(root, plan, images, 1).commit()
+    finish_store(root)
+    assert unsafe(root / "receipts") == [] and unsafe(root / "tokens") == []
+    assert (root / "manifest.json").stat().st_ino in durable and root.stat().st_ino in durable

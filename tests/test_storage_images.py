@@ -1,0 +1,155 @@
+"""Folders of images: what is listed, under which key, class and split; and what is refused."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import storage.images
+from storage.errors import BadImageError, InputError
+from storage.images import ImageEntry, open_images
+
+Tree = Callable[..., Path]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    """A folder with the named files; each holds its own name."""
+
+    def make(*names: str) -> Path:
+        root = tmp_path / "data"
+        root.mkdir(exist_ok=True)
+        for name in names:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(name.encode())
+        return root
+
+    return make
+
+
+def listed(root: Path) -> list[tuple[str, str | None, str | None]]:
+    return [(entry.key, entry.class_name, entry.split) for entry in open_images(str(root)).list_images()]
+
+
+def test_class_folders_nested_folders_and_any_case_of_suffix(tree: Tree) -> None:
+    root = tree("b/2.JPEG", "b/1.jpg", "a/deep/er/x.PnG", "a/y.tiff", "top.webp", "a/notes.txt", "a/list.csv", "a/z")
+    assert listed(root) == [
+        ("a/deep/er/x.PnG", "a", None),
+        ("a/y.tiff", "a", None),
+        ("b/1.jpg", "b", None),
+        ("b/2.JPEG", "b", None),
+        ("top.webp", None, None),
+    ]
+
+
+def test_what_is_listed_can_be_read(tree: Tree) -> None:
+    source = open_images(str(tree("a/1.png", "a/b/2.png")))
+    for entry in source.list_images():
+        data = source.read_bytes(entry.key)
+        assert data == entry.key.encode() and len(data) == entry.num_bytes
+
+
+def test_hidden_files_and_folders_are_passed_over(tree: Tree) -> None:
+    assert listed(tree("a/1.png", "a/._1.png", ".cache/2.png", "a/.thumbnails/3.png")) == [("a/1.png", "a", None)]
+
+
+@pytest.mark.parametrize(("train", "held_out"), [("train", "val"), ("Training", "test"), ("train2017", "val2017")])
+def test_a_divided_folder_keeps_its_division(tree: Tree, train: str, held_out: str) -> None:
+    root = tree(f"{train}/cat/1.png", f"{held_out}/cat/1.png", f"{held_out}/dog/x/2.png", f"{train}/3.png")
+    assert sorted(listed(root)) == sorted(
+        [
+            (f"{train}/3.png", None, "train"),
+            (f"{train}/cat/1.png", "cat", "train"),
+            (f"{held_out}/cat/1.png", "cat", "eval"),
+            (f"{held_out}/dog/x/2.png", "dog", "eval"),
+        ]
+    )
+
+
+@pytest.mark.parametrize("classes", [("train", "bus"), ("test", "rest"), ("bullet_train", "valley")])
+def test_class_folders_with_such_names_are_no_division(tree: Tree, classes: tuple[str, str]) -> None:
+    root = tree(*(f"{name}/1.png" for name in classes))
+    assert {(class_name, split) for _, class_name, split in listed(root)} == {(name, None) for name in classes}
+
+
+def test_links_to_files_and_folders_are_followed(tree: Tree, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "dog").mkdir(parents=True)
+    (elsewhere / "dog" / "1.png").write_bytes(b"dog")
+    root = tree("cat/1.png")
+    (root / "dog").symlink_to(elsewhere / "dog")
+    (root / "cat" / "2.png").symlink_to(elsewhere / "dog" / "1.png")
+    assert [key for key, _, _ in listed(root)] == ["cat/1.png", "cat/2.png", "dog/1.png"]
+    source = open_images(str(root))
+    assert source.read_bytes("cat/2.png") == source.read_bytes("dog/1.png") == b"dog"
+
+
+def test_links_in_a_circle_list_every_image_once(tree: Tree) -> None:
+    root = tree("a/1.png", "a/b/2.png")
+    (root / "a" / "up").symlink_to(root)
+    (root / "a" / "b" / "self").symlink_to(root / "a" / "b")
+    assert [key for key, _, _ in listed(root)] == ["a/1.png", "a/b/2.png"]
+
+
+def test_a_link_to_nowhere_is_an_unusable_image_and_no_crash(tree: Tree) -> None:
+    root = tree("a/1.png")
+    (root / "a" / "2.png").symlink_to(root / "gone.png")
+    source = open_images(str(root))
+    assert [entry.key for entry in source.list_images()] == ["a/1.png", "a/2.png"]
+    with pytest.raises(BadImageError, match="No such file"):
+        source.read_bytes("a/2.png")
+
+
+@pytest.mark.timeout(20)
+def test_pipes_and_devices_are_never_opened(tree: Tree) -> None:
+    root = tree("a/1.png")
+    os.mkfifo(root / "a" / "2.png")
+    (root / "a" / "3.png").symlink_to("/dev/zero")
+    (root / "a" / "4.png").mkdir()
+    assert listed(root) == [("a/1.png", "a", None)]
+
+
+def test_the_stamp_changes_with_the_file(tree: Tree) -> None:
+    root = tree("a/1.png")
+
+    def entry() -> ImageEntry:
+        return open_images(str(root)).list_images()[0]
+
+    before = entry()
+    assert entry() == before
+    os.utime(root / "a" / "1.png", ns=(1, before.stamp + 1))
+    assert entry().stamp == before.stamp + 1 and entry().num_bytes == before.num_bytes
+
+
+def test_empty_missing_and_other_kinds_of_places_are_refused(tree: Tree, tmp_path: Path) -> None:
+    root = tree("a/readme.txt", "b/.hidden.png")
+    with pytest.raises(InputError, match=r"no image in .*data; expected .*<class>/<image>.*\.jpg"):
+        open_images(str(root)).list_images()
+    with pytest.raises(InputError, match=r"no such data: .*missing"):
+        open_images(str(tmp_path / "missing"))
+    with pytest.raises(InputError, match="a file of another kind"):
+        open_images(str(root / "a" / "readme.txt"))
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "one.png")
+    with pytest.raises(InputError, match="a file of another kind"):
+        open_images(str(tmp_path / "one.png"))
+
+
+def test_files_that_vanish_grow_or_may_not_be_read_are_bad_images(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tree("a/1.png", "a/22.png")
+    source = open_images(str(root))
+    monkeypatch.setattr(storage.images, "MAX_IMAGE_BYTES", 7)
+    assert source.read_bytes("a/1.png") == b"a/1.png"
+    with pytest.raises(BadImageError, match="larger than"):
+        source.read_bytes("a/22.png")
+    (root / "a" / "1.png").unlink()
+    with pytest.raises(BadImageError, match="No such file"):
+        source.read_bytes("a/1.png")
+
+
+def test_a_home_folder_is_understood(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tree("a/1.png")
+    monkeypatch.setenv("HOME", str(root.parent))
+    assert open_images("~/data").list_images() == open_images(str(root)).list_images()
