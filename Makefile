@@ -21,10 +21,10 @@ WORK ?=
 FORCE ?=
 SET ?=
 
-option = $(if $($(2)),--$(1) '$($(2))')
+option = $(if $($(2)),--$(1) '$(subst ','\'',$($(2)))')
 OPTIONS = $(strip $(call option,preset,PRESET) $(call option,teacher,TEACHER) $(call option,weights,WEIGHTS) \
 	$(call option,data,DATA) $(call option,views,VIEWS) $(call option,student,STUDENT) $(call option,seeds,SEEDS) \
-	$(call option,executor,EXECUTOR) $(call option,work,WORK) $(if $(FORCE),--force) $(foreach pair,$(SET),--set '$(pair)'))
+	$(call option,executor,EXECUTOR) $(call option,work,WORK) $(if $(filter-out 0 no false,$(FORCE)),--force) $(foreach pair,$(SET),--set '$(pair)'))
 PIPELINE = @$(BIN)/python -m pipeline
 
 STAGE_COMMANDS := demo run plan extract distill finetune evaluate report

@@ -51,7 +51,7 @@ class ImageCache:
         if kept is not None:
             return kept
         image = self.images.read_image(position)
-        num_bytes = 3 * image.width * image.height
+        num_bytes = len(image.getbands()) * image.width * image.height
         with self._lock:
             if num_bytes <= self._left and position not in self._kept:
                 self._left -= num_bytes

@@ -128,18 +128,19 @@ class _Actors:
         return any(job is not None for _, job in self.running.values())
 
     def feed(self, queue: deque[Job]) -> None:
-        """Hand out jobs: one to each actor before any has a second."""
-        for depth in range(1, _JOBS_IN_FLIGHT + 1):
+        """Hand out jobs to the actors that are up: one to each, and a second one to wait only when all are up."""
+        all_up = all(job is not None for _, job in self.running.values())
+        for depth in range(1, (_JOBS_IN_FLIGHT if all_up else 1) + 1):
             for handle in self.handles:
-                if queue and sum(actor is handle for actor, _ in self.running.values()) < depth:
+                held = [job for actor, job in self.running.values() if actor is handle]
+                if queue and len(held) < depth:
                     job = queue.popleft()
                     self.running[handle.run.remote(job)] = (handle, job)
 
     def replace(self, dead: Any) -> list[Job | None]:
-        """Start a new actor for a dead one; returns what the dead one held, the call at work first."""
+        """Start a new actor for a dead one; returns what it held, the call at work first."""
         held = [(ref, job) for ref, (actor, job) in self.running.items() if actor is dead]
-        for ref, _ in held:
-            del self.running[ref]
+        self.running = {ref: call for ref, call in self.running.items() if call[0] is not dead}
         self._ray.kill(dead)  # one that only cannot be reached would keep its CPU or GPU
         self.handles = [self._start() if handle is dead else handle for handle in self.handles]
         return [job for _, job in held]
@@ -226,7 +227,6 @@ def _ray_session(cfg: ExecutionConfig) -> Iterator[None]:
         raise DiskError(f"Ray keeps its access token in the home folder, and {Path.home()} does not exist; set HOME")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    is_main = threading.current_thread() is threading.main_thread()
     sigterm = signal.getsignal(signal.SIGTERM)
     local: dict[str, Any] = {
         "num_cpus": cfg.workers * cfg.threads or os.cpu_count(),
@@ -242,7 +242,7 @@ def _ray_session(cfg: ExecutionConfig) -> Iterator[None]:
         where = f"the cluster at {cfg.ray_address}" if cfg.ray_address else "a local Ray"
         raise DecantError(f"cannot use {where}: {_reason(error)}; --executor inline needs no Ray") from error
     finally:
-        if is_main:
+        if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, sigterm)  # ray.init puts its own handler there
     try:
         yield

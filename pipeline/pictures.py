@@ -53,7 +53,7 @@ def curve_svg(title: str, ylabel: str, curves: Sequence[tuple[str, str, Sequence
         if len(seen) > 1:
             axes.legend(frameon=False)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         plt.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]

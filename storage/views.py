@@ -118,7 +118,7 @@ class Renderer(Schema):
         """Cut, resize and flip: the only place in the project that does so.
 
         Args:
-            image: RGB, as `decode_image` gives it.
+            image: RGB or grey, as `decode_image` gives it.
             out_px: side of the result in pixels.
 
         Returns:
@@ -126,5 +126,5 @@ class Renderer(Schema):
         """
         cut = image.crop((view.left, view.top, view.left + view.width, view.top + view.height))
         # cut first, as torchvision does: `resize(box=...)` would let pixels from outside the box in at its edges
-        pixels = np.asarray(cut.resize((out_px, out_px), _FILTERS[self.kernel]))
+        pixels = np.asarray(cut.resize((out_px, out_px), _FILTERS[self.kernel]).convert("RGB"))
         return np.ascontiguousarray(pixels[:, ::-1]) if view.flip else pixels

@@ -197,7 +197,7 @@ def receipt_path(root: Path, index: int) -> Path:
 def read_receipt(root: Path, index: int) -> ShardEntry | None:
     """The receipt of a committed shard; None when there is none, or when it or the size of a file it names is wrong.
 
-    Contents are not read here: every record carries a crc32c that each read checks, and `verify_store` checks digests.
+    Contents are not read here: every record carries a crc32c that each read checks, and `iter_damage` checks digests.
     """
     path = receipt_path(root, index)
     try:

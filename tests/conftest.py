@@ -18,12 +18,16 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from storage.image_index import ImageIndex, ImageList, build_index, save_index
 from storage.records import FeatureRecord, FeatureSpec, ImageKey, StorePlan
 from storage.views import CentreCrop, RandomResizedCrop, Renderer
 from storage.writer import ShardWriter, create_store, finish_store
+
+settings.register_profile("decant", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines are busy
+settings.load_profile("decant")
 
 MakeImages = Callable[..., Path]
 

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -165,6 +164,7 @@ RAY = ExecutionConfig(executor="ray", workers=1, device="cpu")
 
 
 def die(job: int, attempt: int, folder: Path) -> None:
+    time.sleep(0.2)  # else the answer about the job before would go down, too
     if job == 1 or (job == 4 and attempt == 1):
         os._exit(139)
     if job == 3:  # the work is done, only nobody was told
@@ -189,7 +189,7 @@ def test_a_job_that_kills_its_worker_is_given_up_and_no_other_is_blamed(tmp_path
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize(
-    ("end", "reason"), [(os._exit, "ActorDiedError"), (sys.exit, "ActorDiedError|SystemExit"), (divmod, "TypeError")]
+    ("end", "reason"), [(os._exit, "ActorDiedError"), (divmod, "TypeError: divmod expected 2 arguments")]
 )
 def test_workers_that_never_come_up_end_the_run(end: Callable[[int], object], reason: str, tmp_path: Path) -> None:
     def make(folder: Path) -> Worker:
@@ -198,7 +198,7 @@ def test_workers_that_never_come_up_end_the_run(end: Callable[[int], object], re
         raise AssertionError
 
     cfg = RAY.model_copy(update={"max_attempts": 1})
-    with pytest.raises(DecantError, match=f"no worker survives; the last one: ({reason})"):
+    with pytest.raises(DecantError, match=f"no worker survives; the last one: {reason}"):
         carry_out(tmp_path, work, 5, cfg, make)
     assert len(list(tmp_path.glob("made.*"))) == 3
     assert not attempts(tmp_path)
@@ -260,42 +260,3 @@ def test_more_workers_than_fit_are_refused_instead_of_waiting_for_ever(tmp_path:
         carry_out(tmp_path, work, 5, RAY.model_copy(update={"workers": 3}))
     with pytest.raises(ConfigError, match="1 workers need 4 CPUs, Ray has 2"):
         carry_out(tmp_path, work, 5, RAY.model_copy(update={"workers": 0, "threads": 4}))
-
-
-OWN_RAY = """
-import signal, sys
-from functools import partial
-from extract.cluster import run_jobs
-from extract.config import ExecutionConfig
-from storage.records import ShardEntry
-from storage.stage import StopRequest
-
-def mine(number, frame): ...
-
-def make():
-    return lambda job: ShardEntry(index=job, num_images=1, num_records=1, files=())
-
-signal.signal(signal.SIGTERM, mine)
-cfg = ExecutionConfig(executor="ray", workers=1, device="cpu")
-for entry in run_jobs(range(2), make, cfg, find_committed=lambda job: None, stop=StopRequest()):
-    assert signal.getsignal(signal.SIGTERM) is mine
-    print(entry.index)
-import ray
-print(ray.is_initialized(), signal.getsignal(signal.SIGTERM) is mine)
-"""
-
-
-@pytest.mark.ray
-def test_a_local_ray_comes_and_goes_by_itself_and_leaves_signals_alone(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parent.parent
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    found = subprocess.run(
-        [sys.executable, "-c", OWN_RAY],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert found.stdout.split() == ["0", "1", "False", "True"], found.stderr

@@ -128,7 +128,7 @@ def test_every_damage_to_every_file(store: Store, kind: str) -> None:
 
 
 def test_flipped_bits(store: Store) -> None:
-    @settings(max_examples=400, deadline=None)
+    @settings(max_examples=400)
     @given(
         name=st.sampled_from(sorted(store.tree)),
         place=st.floats(0, 1, exclude_max=True),

@@ -1,4 +1,4 @@
-"""Full disks, killed processes, lost power: going on afterwards gives the bytes of an undisturbed store."""
+"""Full disks, refusing disks, killed processes: going on afterwards gives the bytes of an undisturbed store."""
 
 import errno
 import io
@@ -7,10 +7,9 @@ import random
 import resource
 import shutil
 import signal
-import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +114,7 @@ def undisturbed(tmp_path: Path, fill: Fill, tree_bytes: TreeBytes) -> dict[str, 
 
 
 def test_a_full_disk_at_every_single_step(tmp_path: Path, fill: Fill, undisturbed: Any, tree_bytes: TreeBytes) -> None:
-    at = 0
-    is_over = False
+    at, is_over = 0, False
     while not is_over:
         at += 1
         root = tmp_path / "store"
@@ -250,54 +248,3 @@ def test_a_store_that_may_only_be_read(small: Any, fill: Fill, fork: Fork) -> No
         assert os.waitpid(fork(work), 0)[1] == 0
         for path in (Path(folder), root, *root.rglob("*")):
             path.chmod(0o755)
-
-
-# Loss of power
-
-
-@pytest.fixture
-def durable(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
-    """The inodes of all files and folders as they were fsynced, forgotten again when a folder gets a new entry."""
-    kept: set[int] = set()
-    kinds = {"replace": os.replace, "link": os.link, "mkdir": os.mkdir}
-
-    def changing(name: str) -> Callable[..., None]:
-        def change(*arguments: Any, **options: Any) -> None:
-            kinds[name](*arguments, **options)
-            kept.discard(Path(arguments[0 if name == "mkdir" else 1]).parent.stat().st_ino)
-
-        return change
-
-    for name in kinds:
-        monkeypatch.setattr(os, name, changing(name))
-    monkeypatch.setattr(os, "fsync", lambda descriptor: kept.add(os.fstat(descriptor).st_ino))
-    return kept
-
-
-def test_a_receipt_is_written_after_everything_else_is_safe(
-    tmp_path: Path, small: Any, fill_shard: Any, durable: set[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan, images = small
-    root = tmp_path / "new" / "store"
-    create_store(root, plan, images)
-    link, seen = os.link, []
-
-    def unsafe(top: Path) -> list[Path]:
-        paths = [top, *(path for path in top.rglob("*") if "attempts" not in path.parts)]
-        return [path for path in paths if path.stat().st_ino not in durable and ".partial" not in path.name]
-
-    def checked(source: Path, target: Path) -> None:
-        seen.append(target.name)
-        assert stat.S_ISREG(source.stat().st_mode) and source.stat().st_ino in durable
-        assert [path for path in unsafe(root) if path not in (root, root / "receipts")] == []
-        link(source, target)
-
-    assert unsafe(tmp_path / "new") == []
-    monkeypatch.setattr(os, "link", checked)
-    fill_shard(root, plan, images, 0).commit()
-    assert seen == ["00000.json"]
-    monkeypatch.setattr(os, "link", link)
-    fill_shard(root, plan, images, 1).commit()
-    finish_store(root)
-    assert unsafe(root / "receipts") == [] and unsafe(root / "tokens") == []
-    assert (root / "manifest.json").stat().st_ino in durable and root.stat().st_ino in durable

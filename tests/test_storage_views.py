@@ -117,7 +117,7 @@ def test_flips_are_as_frequent_as_asked_for(probability: float) -> None:
     assert abs(np.mean(flips) - probability) <= 4 * math.sqrt(probability * (1 - probability) / 4000)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(sampler=SAMPLERS, image_hw=st.tuples(SIDE, SIDE), number=st.integers(0, 99))
 def test_boxes_lie_inside_the_image(sampler: RandomResizedCrop, image_hw: tuple[int, int], number: int) -> None:
     view = sampler.view("key", number, image_hw)
@@ -133,7 +133,7 @@ def test_where_no_crop_fits_it_is_torchvisions_central_one(image_hw: tuple[int, 
     assert (view.top, view.left, view.height, view.width) == theirs
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(image_hw=st.tuples(SIDE, SIDE), fraction=st.floats(0.001, 1))
 def test_centre_crop_is_a_central_square(image_hw: tuple[int, int], fraction: float) -> None:
     view = CentreCrop(fraction=fraction).view("any", 3, image_hw)
@@ -210,7 +210,7 @@ def test_the_renderer_tells_what_decides_the_pixels() -> None:
 # Samplers as JSON
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sampler=SAMPLERS | st.floats(0.01, 1).map(lambda fraction: CentreCrop(fraction=fraction)))
 def test_samplers_are_equal_to_their_json(sampler: RandomResizedCrop | CentreCrop) -> None:
     again = load_sampler(json.loads(json.dumps(sampler.to_json())))
@@ -236,3 +236,14 @@ def test_samplers_are_equal_to_their_json(sampler: RandomResizedCrop | CentreCro
 def test_wrong_samplers_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         load_sampler(values)
+
+
+@pytest.mark.parametrize("kernel", ["bilinear", "bicubic"])
+def test_grey_pictures_render_as_if_they_were_rgb(kernel: str) -> None:
+    grey = Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 47)).astype(np.uint8))
+    renderer = Renderer.model_validate({"kernel": kernel})
+    for number in range(20):
+        view = RandomResizedCrop().view("grey", number, (61, 47))
+        for out_px in (16, 32, 90):
+            expected = renderer.render_view(grey.convert("RGB"), view, out_px)
+            np.testing.assert_array_equal(renderer.render_view(grey, view, out_px), expected)

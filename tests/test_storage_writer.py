@@ -66,7 +66,7 @@ def assert_equal(found: FeatureRecord, expected: FeatureRecord) -> None:
 def test_what_goes_in_comes_out(begin_store: Any) -> None:
     names = map(str, itertools.count())
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(case=cases())
     def check(case: Case) -> None:
         shape = {"num_images": case.num_images, "views_per_image": case.views}

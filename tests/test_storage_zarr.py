@@ -156,7 +156,7 @@ def test_checksums_equal_their_definition(data: bytes) -> None:
     assert int.from_bytes(zarr_format.crc32c(data), "little") == slow_crc32c(data)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(hnp.arrays(st.sampled_from(["<f2", "<f4", "<i4", "<u8"]), hnp.array_shapes(max_dims=3, max_side=5)))
 def test_chunks_come_back(values: NDArray[Any]) -> None:
     data = zarr_format.encode_chunk(values)
@@ -165,7 +165,7 @@ def test_chunks_come_back(values: NDArray[Any]) -> None:
     assert zarr_format.encode_chunk(np.asfortranarray(values)) == data
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(present=st.lists(st.booleans(), min_size=1, max_size=12), spare=st.integers(0, 3))
 def test_a_shards_index_finds_every_record(present: list[bool], spare: int) -> None:
     tokens_RTC = np.random.default_rng(0).normal(size=(len(present), 2, 3)).astype(np.float16)
