@@ -3,6 +3,7 @@
 The newest valid one wins; a damaged one is passed over, loudly. Nothing is ever unpickled.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -98,7 +99,17 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
 def save_weights(path: Path, state: Mapping[str, torch.Tensor], facts: Mapping[str, str]) -> None:
     """Publish weights as safetensors; `facts` go into its header."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    write_file(path, safetensors.torch.save(tensors, dict(facts)))
+    write_file(path, _sort_facts(safetensors.torch.save(tensors, dict(facts))))
+
+
+def _sort_facts(data: bytes) -> bytes:
+    """safetensors writes facts in an order that changes from call to call; equal weights shall be equal files."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -1,6 +1,5 @@
 """Fixtures: small image folders, stores that need no teacher, the smoke pipeline."""
 
-import json
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads would only wait for each other
@@ -280,18 +279,3 @@ def in_memory() -> Iterator[Path]:
     place = memory if os.access(memory, os.W_OK | os.X_OK) else None
     with tempfile.TemporaryDirectory(dir=place, prefix="decant-test-") as folder:
         yield Path(folder)
-
-
-@pytest.fixture
-def same_bytes(tree_bytes: Callable[[Path], dict[str, bytes]]) -> Callable[[Path], dict[str, object]]:
-    """As `tree_bytes`; the header of a safetensors file, whose facts have no order, as what it says."""
-
-    def read(root: Path) -> dict[str, object]:
-        def parse(data: bytes) -> object:
-            size = int.from_bytes(data[:8], "little")
-            return json.loads(data[8 : 8 + size]), data[8 + size :]
-
-        files = tree_bytes(root).items()
-        return {name: parse(data) if name.endswith(".safetensors") else data for name, data in files}
-
-    return read

@@ -45,7 +45,7 @@ def unnamed(files: dict[str, object]) -> dict[str, object]:
 
 
 def test_tars_give_the_store_and_the_student_of_the_folder_they_were_made_from(
-    decant: Decant, finished_run: tuple[Path, Path], tmp_path: Path, same_bytes: Same
+    decant: Decant, finished_run: tuple[Path, Path], tmp_path: Path, tree_bytes: Same
 ) -> None:
     """Same keys, same bytes, same numbers: it is the same data set, whatever holds it."""
     images, reference = finished_run
@@ -55,7 +55,7 @@ def test_tars_give_the_store_and_the_student_of_the_folder_they_were_made_from(
     assert outcome.code == 0, outcome.err
     assert "16 images to train on, 4 held out, 2 classes" in outcome.out
     for part in ("stores", "students"):
-        assert unnamed(same_bytes(tmp_path / "runs" / part)) == unnamed(same_bytes(reference / part))
+        assert unnamed(tree_bytes(tmp_path / "runs" / part)) == unnamed(tree_bytes(reference / part))
     found, expected = results(tmp_path / "runs"), results(reference)
     assert found["finetune"].metrics["classes"] == ["0", "1"]
     for name in ("extract", "extract_eval", "distill"):
@@ -66,7 +66,7 @@ def test_tars_give_the_store_and_the_student_of_the_folder_they_were_made_from(
 
 
 def test_other_labels_need_no_new_store(
-    decant: Decant, finished_run: tuple[Path, Path], tmp_path: Path, same_bytes: Same
+    decant: Decant, finished_run: tuple[Path, Path], tmp_path: Path, tree_bytes: Same
 ) -> None:
     """The tokens have seen no label; fine-tuning and probes have. The names of the tars divide them."""
     names = ("cells-train-0.tar", "cells-val-0.tar", "cells-train-1.tar")
@@ -74,7 +74,7 @@ def test_other_labels_need_no_new_store(
     write_tars(finished_run[0], tmp_path / "tars", lambda key: int(key.startswith("light")), *names)
     first = decant(*arguments, tmp_path / "tars")
     assert first.code == 0, first.err
-    before = same_bytes(tmp_path / "runs" / "stores")
+    before = tree_bytes(tmp_path / "runs" / "stores")
     shutil.rmtree(tmp_path / "tars")
     write_tars(finished_run[0], tmp_path / "tars", lambda key: int(key[-1]) // 4, *names)
     second = decant(*arguments, tmp_path / "tars")
@@ -83,7 +83,7 @@ def test_other_labels_need_no_new_store(
         assert f"{name} skip up to date" in second.out
     for name in ("finetune", "evaluate"):
         assert f"{name} run data changed" in second.out
-    assert same_bytes(tmp_path / "runs" / "stores") == before
+    assert tree_bytes(tmp_path / "runs" / "stores") == before
     newest = Workspace(tmp_path / "runs").results(STAGES["evaluate"])[0][1]
     assert newest.metrics["teacher_probe"]["train_accuracy"] < 0.9, "by its tokens, a third label cannot be told"
     assert Workspace(tmp_path / "runs").results(STAGES["finetune"])[0][1].metrics["classes"] == ["0", "1", "2"]

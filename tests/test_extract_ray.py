@@ -55,7 +55,7 @@ def test_ray_makes_the_same_bytes_and_leaves_nothing_behind(
     found = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False, timeout=150)
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout.splitlines()[-1]) == ["Interrupted", False, True]
-    assert len(committed_shards(on_ray, load_plan(on_ray))) in (4, 5)
+    assert len(committed_shards(on_ray, load_plan(on_ray))) >= 4
     cfg = ExtractConfig(teacher="toy", views=2, records_per_shard=6, run=ExecutionConfig(executor="inline"))
     assert run(cfg, {"data": data}, on_ray)["records"] == 32
     assert tree_bytes(on_ray) == tree_bytes(root)

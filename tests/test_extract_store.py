@@ -44,10 +44,14 @@ def test_every_record_is_what_the_teacher_says_about_its_view(
     sampler: RandomResizedCrop | CentreCrop,
     kernel: str,
     input_px: int | None,
+    make_images: Callable[..., Path],
     make_index: Callable[..., tuple[Path, object]],
     tmp_path: Path,
 ) -> None:
-    data, _ = make_index(per_class=4)
+    root = make_images(per_class=4)
+    for path in root.glob("dark/*.png"):
+        Image.open(path).convert("L").save(path)
+    data, _ = make_index(root)
     renderer = Renderer.model_validate({"kernel": kernel})
     cfg = CFG.model_copy(update={"sampler": sampler, "renderer": renderer, "input_px": input_px})
     metrics = run(cfg, {"data": data}, tmp_path / "store")

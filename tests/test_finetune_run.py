@@ -16,7 +16,7 @@ from distill.checkpoint import load_weights, save_weights
 from distill.config import OptimConfig, TrainRunConfig, find_student
 from distill.student import build_student, normalise_images
 from finetune import run as stage
-from finetune.classifier import build_classifier
+from finetune.classifier import build_classifier, count_correct
 from finetune.config import FinetuneConfig
 from storage.atomic import read_json
 from storage.errors import ConfigError, DamagedError, InputError
@@ -97,11 +97,17 @@ def test_every_start_with_every_seed_is_a_member(inputs: Inputs, tmp_path: Path)
     assert not list((tmp_path / "out").rglob("step-*")), "finished members keep no checkpoint"
 
 
-def test_accuracy_is_that_of_the_saved_weights(inputs: Inputs, tmp_path: Path) -> None:
-    """The saved classifier, loaded anew, looks at the held-out images one by one."""
-    metrics = stage.run(CFG.model_copy(update={"epochs": 1, "seeds": (1,)}), inputs, tmp_path / "out")
+def test_accuracy_is_that_of_the_saved_weights(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The saved classifier, loaded anew, looks at the held-out images one by one; nothing is dropped then."""
+    logits_seen: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        stage, "count_correct", lambda logits, labels: logits_seen.append(logits) or count_correct(logits, labels)
+    )
+    changes = {"epochs": 1, "seeds": (1,), "drop_path": 0.9}
+    metrics = stage.run(CFG.model_copy(update=changes), inputs, tmp_path / "out")
     images = load_index(inputs["data"]).split("eval")
-    for member in metrics["members"]:
+    assert [len(logits) for logits in logits_seen] == [4, 4], "one batch for each member"
+    for member, found in zip(metrics["members"], logits_seen, strict=True):
         model = build_classifier(TOY, num_classes=2, drop_path=0.0, weights=None).eval()
         model.load_state_dict(load_weights(tmp_path / "out" / f"{member['start']}-1" / "classifier.safetensors"))
         correct = 0
@@ -110,7 +116,8 @@ def test_accuracy_is_that_of_the_saved_weights(inputs: Inputs, tmp_path: Path) -
             view = CFG.eval_sampler.view(images.keys[position], 0, (image.height, image.width))
             pixels = torch.from_numpy(CFG.renderer.render_view(image, view, TOY.input_px).copy())
             with torch.inference_mode():
-                logits = model(normalise_images(pixels[None], torch.device("cpu")))
+                [logits] = model(normalise_images(pixels[None], torch.device("cpu")))
+            torch.testing.assert_close(found[position], logits, rtol=1e-4, atol=1e-5)
             correct += int(logits.argmax()) == images.labels[position]
         assert member["accuracy"] == correct / 4
 

@@ -19,7 +19,6 @@ from storage.stage import Interrupted
 
 Decant = Callable[..., Any]
 SMOKE = ("--preset", "smoke", "--work", "runs")
-COMMANDS = ("extract", "distill", "finetune", "evaluate", "report")
 
 
 @pytest.fixture(autouse=True)
@@ -151,36 +150,39 @@ def test_a_student_whose_grid_does_not_fit(decant: Decant, copy_run: tuple[Path,
 
 
 @pytest.mark.parametrize(
-    ("command", "number", "said"),
+    ("command", "folder", "file", "number", "said"),
     [
-        *((command, errno.ENOSPC, "the disk is full") for command in COMMANDS),
-        ("extract", errno.EDQUOT, "quota is used up"),
-        ("distill", errno.EROFS, "Read-only file system"),
+        ("extract", "stores", "/attempts/", errno.ENOSPC, "the disk is full"),
+        ("extract", "stores", "/receipts/", errno.EDQUOT, "the disk quota is used up"),
+        ("distill", "students", "/.student.safetensors", errno.ENOSPC, "the disk is full"),
+        ("distill", "students", "/.projector.safetensors", errno.EROFS, "Read-only file system"),
+        ("finetune", "finetune", "/.classifier.safetensors", errno.ENOSPC, "the disk is full"),
+        ("evaluate", "evaluate", "/.pictures.npz", errno.ENOSPC, "the disk is full"),
+        ("report", "reports", "/.report.html", errno.ENOSPC, "the disk is full"),
+        ("report", "reports", "/.result.json", errno.ENOSPC, "the disk is full"),
     ],
 )
 def test_a_disk_that_takes_no_more(
-    decant: Decant, copy_run: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, command: str, number: int, said: str
-) -> None:
+    decant: Decant, copy_run: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, command: str, folder: str, file: str,
+    number: int, said: str,
+) -> None:  # fmt: skip
     """Nothing half-written is taken for whole, and with room the same command ends well."""
     images, work = copy_run
-    stages = {"extract": "stores", "distill": "students", "report": "reports"}
-    shutil.rmtree(work / stages.get(command, command))
-    fsync = os.fsync
-    written = []
+    shutil.rmtree(work / folder)
+    fsync, met = os.fsync, []
 
     def full(descriptor: int) -> None:
         path = str(Path(f"/proc/self/fd/{descriptor}").readlink())
-        if path.endswith(".partial") and "state.json" not in path and f"/{stages.get(command, command)}/" in path:
-            written.append(path)
-            if len(written) > 1 or command in ("evaluate", "report"):
-                raise OSError(number, os.strerror(number))
+        if f"/{folder}/" in path and file in path:
+            met.append(path)
+            raise OSError(number, os.strerror(number))
         fsync(descriptor)
 
     arguments = (command, "--preset", "smoke", "--data", images, "--work", work)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         outcome = decant(*arguments)
-    assert written, "the fault was not met"
+    assert met, "the fault was not met"
     check(outcome, 2, "cannot write ", said)
     assert not Workspace(work).results(STAGES[command])
     assert decant(*arguments).code == 0

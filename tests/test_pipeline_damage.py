@@ -122,17 +122,17 @@ def test_verify_without_stores(decant: Decant, tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_output_is_made_again(
-    decant: Decant, copy_run: Run, same_bytes: Read, stage: str, name: str, damage: Callable[[Path], None], said: str
+    decant: Decant, copy_run: Run, tree_bytes: Read, stage: str, name: str, damage: Callable[[Path], None], said: str
 ) -> None:
     _, work = copy_run
     folder = folder_of(work, stage)
-    before = same_bytes(folder)
+    before = tree_bytes(folder)
     damage(folder / name)
     outcome = decant("run", "--work", work)
     assert outcome.code == 0, outcome.err
     assert f"{stage} resume {said}" in outcome.out
     if stage != "report":  # a new report may tell other seconds
-        assert same_bytes(folder) == before
+        assert tree_bytes(folder) == before
     assert decant("plan", "--work", work).out.count(" skip ") == len(STAGES)
 
 

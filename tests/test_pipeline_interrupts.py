@@ -124,9 +124,9 @@ def start(forker: "subprocess.Popen[str]", finished_run: tuple[Path, Path], tmp_
     return run
 
 
-def comparable(work: Path, same_bytes: Callable[[Path], dict[str, object]]) -> dict[str, object]:
+def comparable(work: Path, tree_bytes: Callable[[Path], dict[str, object]]) -> dict[str, object]:
     """All that is bound to be the same in two runs; times are not."""
-    files = {part: same_bytes(work / part) for part in ("stores", "students", "finetune", "evaluate", "data")}
+    files = {part: tree_bytes(work / part) for part in ("stores", "students", "finetune", "evaluate", "data")}
     [(_, finetuned)] = Workspace(work).results(STAGES["finetune"])
     [(_, evaluated)] = Workspace(work).results(STAGES["evaluate"])
     numbers = [(m["start"], m["seed"], m["accuracy"], m["history"]) for m in finetuned.metrics["members"]]
@@ -139,9 +139,9 @@ def comparable(work: Path, same_bytes: Callable[[Path], dict[str, object]]) -> d
     [(signal.SIGINT, tuple(MOMENTS)), (signal.SIGKILL, tuple(MOMENTS)), (signal.SIGTERM, ("distill",))],
     ids=["SIGINT", "SIGKILL", "SIGTERM"],
 )
-def test_a_run_that_is_stopped_in_every_stage_ends_with_the_same_bytes(
+def test_a_run_that_is_stopped_in_every_stage_ends_with_the_tree_bytes(
     start: Callable[..., Command], number: signal.Signals, stages: tuple[str, ...], finished_run: tuple[Path, Path],
-    tmp_path: Path, same_bytes: Callable[[Path], dict[str, object]],
+    tmp_path: Path, tree_bytes: Callable[[Path], dict[str, object]],
 ) -> None:  # fmt: skip
     work = Workspace(tmp_path / "runs")
     reason = "was stopped from outside" if number == signal.SIGKILL else "was interrupted"
@@ -160,15 +160,15 @@ def test_a_run_that_is_stopped_in_every_stage_ends_with_the_same_bytes(
     command = start()
     assert command.end() == 0, command.text
     assert f"{before} resume {reason} last time" in command.text
-    assert comparable(work.root, same_bytes) == comparable(finished_run[1], same_bytes)
+    assert comparable(work.root, tree_bytes) == comparable(finished_run[1], tree_bytes)
     assert not [path for path in work.root.rglob("*") if path.suffix in (".partial", ".again", ".old")]
     command = start()
     assert (command.end(), command.text.count(" skip ")) == (0, len(STAGES))
 
 
-def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bytes(
+def test_a_run_that_is_killed_at_any_moment_ends_with_the_tree_bytes(
     start: Callable[..., Command], finished_run: tuple[Path, Path], tmp_path: Path,
-    same_bytes: Callable[[Path], dict[str, object]],
+    tree_bytes: Callable[[Path], dict[str, object]],
 ) -> None:  # fmt: skip
     """After each kill, whatever calls itself done is whole."""
     work, seed = Workspace(tmp_path / "runs"), random.randrange(10**6)
@@ -184,7 +184,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bytes(
         assert not [find_damage(*found) for found in done if find_damage(*found)]
     command = start()
     assert command.end() == 0, command.text
-    assert comparable(work.root, same_bytes) == comparable(finished_run[1], same_bytes)
+    assert comparable(work.root, tree_bytes) == comparable(finished_run[1], tree_bytes)
 
 
 def test_a_second_command_gives_way_to_the_first(start: Callable[..., Command], tmp_path: Path, decant: Any) -> None:

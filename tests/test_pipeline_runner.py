@@ -134,17 +134,17 @@ def test_a_failed_stage_is_run_again_and_the_others_are_not(
 
 
 @pytest.mark.parametrize("command", ["extract", "distill", "evaluate"])
-def test_force_makes_the_same_bytes_again(
-    decant: Decant, copy_run: Run, same_bytes: Callable[[Path], dict[str, bytes]], command: str
+def test_force_makes_the_tree_bytes_again(
+    decant: Decant, copy_run: Run, tree_bytes: Callable[[Path], dict[str, bytes]], command: str
 ) -> None:
     _, work = copy_run
     folder = folder_of(work, command)
-    before, result, inode = same_bytes(folder), result_of(work, command), folder.stat().st_ino
+    before, result, inode = tree_bytes(folder), result_of(work, command), folder.stat().st_ino
     outcome = decant(command, "--work", work, "--force")
     assert outcome.code == 0
     assert f"{command} run asked for by name" in outcome.out
     assert folder.stat().st_ino != inode
-    assert same_bytes(folder) == before
+    assert tree_bytes(folder) == before
     assert result_of(work, command).fingerprint == result.fingerprint
 
 

@@ -192,8 +192,13 @@ def test_a_lock_is_free_after_its_block(tmp_path: Path) -> None:
         (tmp_path / "LOCK").write_text("not JSON")
         with pytest.raises(StoreBusyError, match="being written by another process; wait"), hold_lock(tmp_path):
             pass
+    (tmp_path / "LOCK").write_text("x" * 1000)
     with hold_lock(tmp_path):
-        assert names(tmp_path) == ["LOCK"]
+        assert names(tmp_path) == ["LOCK"] and set(json.loads((tmp_path / "LOCK").read_bytes())) == {
+            "host",
+            "pid",
+            "since",
+        }
 
 
 def test_only_one_process_at_a_time(tmp_path: Path, fork: Fork) -> None:

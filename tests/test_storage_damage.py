@@ -205,6 +205,8 @@ def test_an_unfinished_store_and_no_store(store: Store, tmp_path: Path) -> None:
     (store.root / "receipts/00001.json").unlink()
     found = dict(iter_damage(store.root))
     assert found[0] == [] and found[1][0].found.startswith("missing: not extracted yet")
+    shutil.copy(store.root / "receipts/00000.json", store.root / "receipts/00001.json")
+    assert dict(iter_damage(store.root))[1][0].found == "not the receipt that belongs here"
     with pytest.raises(InputError, match=r"holds no store \(no plan\.json\)"):
         list(iter_damage(tmp_path))
 

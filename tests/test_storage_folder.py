@@ -1,5 +1,6 @@
 """A store's folder: one plan, metadata that is mended, leftovers that are swept, a manifest that comes last."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -132,10 +133,12 @@ def test_sweep_removes_what_was_left_behind_and_nothing_else(make_store: Any, tr
 
 def test_sweep_forgets_shards_whose_files_are_gone(make_store: Any) -> None:
     root, plan, _ = make_store()
-    (root / "views/c/1/0").unlink()
+    (root / "views/c/0/0").unlink()
+    os.truncate(root / "tokens/c/1/0/0", 100)
+    assert list(committed_shards(root, plan)) == [2]
     (root / "receipts/00002.json").write_bytes((root / "receipts/00000.json").read_bytes())
     sweep(root, plan)
-    assert sorted(path.name for path in (root / "receipts").iterdir()) == ["00000.json"]
+    assert not list((root / "receipts").iterdir()) and not committed_shards(root, plan)
     assert not (root / "manifest.json").exists()
 
 

@@ -74,7 +74,8 @@ def test_what_zarr_writes_is_read_here(
     group = zarr.open_group(str(copy), mode="r+")
     for name, values in arrays(root).items():
         group[name][:] = values  # NaN is the fill value: zarr, too, leaves such chunks out
-    (copy / "images.json").write_bytes((root / "images.json").read_bytes())
+    for path in [path for path in copy.rglob("c/*/0") if path.is_file()]:  # all but `tokens`: equal with their padding
+        assert path.read_bytes() == (root / path.relative_to(copy)).read_bytes()
     ours, theirs = open_store(root), FeatureReader(copy, open_store(root).manifest)
     for shard in range(plan.num_shards):
         for mine, other in zip(ours.iter_shard(shard), theirs.iter_shard(shard), strict=True):
