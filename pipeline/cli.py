@@ -27,9 +27,10 @@ from storage.stage import Interrupted
 
 ALL = tuple(STAGES)
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Before torch is loaded: threads that spin while they wait starve the image decoders. On 2 cores with a busy neighbour a
-# training step of the demo took 0.08 s with this and 0.44 to 2 s without.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+# Before torch is loaded: how long its threads spin while they wait for each other. A training step of the demo on 2 cores
+# took 33 ms with this, 52 ms with threads that sleep at once, and with the default (300,000) up to 2 s beside a busy
+# neighbour, because spinning threads starve the others.
 
 
 class Command(NamedTuple):

@@ -83,7 +83,11 @@ def test_shuffled_reads(store_root: Path, capsys: pytest.CaptureFixture[str]) ->
     best = {name: min(values) for name, values in seconds.items()}
     gigabytes = NUM_IMAGES * VIT_B.record_bytes / 1e9
     with capsys.disabled():
-        print(f"\n{NUM_IMAGES} records of {VIT_B.record_bytes:,} bytes, shuffled, warm, best of {ROUNDS} rounds;", end=" ")
+        print(
+            f"\n{NUM_IMAGES} records of {VIT_B.record_bytes:,} bytes, shuffled, warm, best of {ROUNDS} rounds;", end=" "
+        )
         print(f"{platform.machine()}, Python {platform.python_version()}, zarr {zarr.__version__}")
         for name, value in best.items():
-            print(f"  {name:32} {gigabytes / value:6.2f} GB/CPU-s   {best['plain preadv'] / value:5.2f} of plain preadv")
+            print(
+                f"  {name:32} {gigabytes / value:6.2f} GB/CPU-s   {best['plain preadv'] / value:5.2f} of plain preadv"
+            )
