@@ -28,9 +28,9 @@ from storage.stage import Interrupted
 ALL = tuple(STAGES)
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-# Before torch is loaded: how long its threads spin while they wait for each other. A training step of the demo on 2 cores
-# took 33 ms with this, 52 ms with threads that sleep at once, and with the default (300,000) up to 2 s beside a busy
-# neighbour, because spinning threads starve the others.
+# Before torch is loaded: how long its threads spin while they wait for each other. A training step of the demo on 2
+# cores took 33 ms with this, 52 ms with threads that sleep at once, and with the default (300,000) up to 2 s beside a
+# busy neighbour, because spinning threads starve the others.
 
 
 class Command(NamedTuple):

@@ -119,19 +119,20 @@ def test_images_are_kept_while_the_budget_lasts(budget: int, kept: int) -> None:
 
 
 def test_one_image_read_by_many_threads_is_counted_once() -> None:
+    """All of them decode it before the first can keep it."""
     decoder, barrier = Decoder(), threading.Barrier(8)
-    cache = ImageCache(cast(ImageList, decoder), 1200)
 
-    def read() -> None:
+    def read_together(position: int) -> Image.Image:
         barrier.wait(timeout=30)
-        cache.read(0)
+        return Decoder().read_image(position)
 
-    threads = [threading.Thread(target=read) for _ in range(8)]
+    cache = ImageCache(cast(ImageList, SimpleNamespace(read_image=read_together)), 1200)
+    threads = [threading.Thread(target=cache.read, args=(0,)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    decoder.reads.clear()
+    cache.images = cast(ImageList, decoder)
     for position in (0, 1, 1, 2, 2):
         cache.read(position)
     assert decoder.reads == [1, 2, 2], "there was room for exactly one more"

@@ -63,8 +63,10 @@ def test_too_many_unreadable_images_stop_the_run_and_are_listed(
     assert "dark/000.png" in str(caught.value)
     assert "dark/005.png" in str(caught.value)
     assert not (tmp_path / "store" / "manifest.json").exists()
-    with pytest.raises(InputError, match="2 of 20 images"):  # also when nothing is left to do for these shards
+    done = len(list(tmp_path.glob("store/receipts/*")))
+    with pytest.raises(InputError, match="2 of 20 images"):
         run(CFG, {"data": data}, tmp_path / "store")
+    assert len(list(tmp_path.glob("store/receipts/*"))) == done, "said before any more work"
     forgiving = CFG.model_copy(update={"max_bad_fraction": 0.1})
     assert run(forgiving, {"data": data}, tmp_path / "store")["records"] == 2 * 18
 

@@ -71,17 +71,28 @@ def test_every_kind_of_file_gives_the_same_teacher(kind: str, state: State, tmp_
     torch.testing.assert_close(teacher(pixels), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_tensors_that_do_not_fit_are_listed(state: State, tmp_path: Path) -> None:
-    state["head.weight"] = torch.zeros(3)
-    del state["norm.bias"]
-    state["mix.bias"] = torch.zeros(5)
-    path = save_safetensors(tmp_path / "weights", state)
+@pytest.mark.parametrize(
+    ("changes", "listed"),
+    [
+        ({"norm.bias": None}, "missing 1 (norm.bias); unexpected none; of another shape none"),
+        ({"head.weight": torch.zeros(3)}, "missing none; unexpected 1 (head.weight); of another shape none"),
+        (
+            {"mix.bias": torch.zeros(5)},
+            "missing none; unexpected none; of another shape 1 (mix.bias (5,), expected (24,))",
+        ),
+        (
+            {"mix.bias": None, "mix.weight": None, "norm.bias": None, "norm.weight": None, "x": torch.zeros(1)},
+            "missing 4 (mix.weight, mix.bias, norm.weight, ...); unexpected 1 (x); of another shape none",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_listed(
+    changes: dict[str, torch.Tensor | None], listed: str, state: State, tmp_path: Path
+) -> None:
+    path = save_safetensors(tmp_path / "w", {n: v for n, v in (state | changes).items() if v is not None})
     with pytest.raises(InputError) as caught:
         load_teacher(TOY, weights=path)
-    message = str(caught.value)
-    assert str(path) in message
-    assert "missing 1 (norm.bias); unexpected 1 (head.weight)" in message
-    assert "of another shape 1 (mix.bias (5,), expected (24,))" in message
+    assert str(caught.value) == f"{path} does not fit teacher 'toy' (toy): {listed}"
 
 
 class Hostile:

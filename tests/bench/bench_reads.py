@@ -2,8 +2,8 @@
 
     make bench
 
-Every read ends in a buffer that the caller owns. Files are warm (page cache); seconds are CPU seconds of this process, the
-best of several rounds that take turns, so a noisy neighbour does not decide the ratio.
+Every read ends in a buffer that the caller owns. Files are warm (page cache); seconds are CPU seconds of this process,
+the best of several rounds that take turns, so a noisy neighbour does not decide the ratio.
 """
 
 import os
