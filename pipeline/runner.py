@@ -26,6 +26,7 @@ from pipeline.workspace import (
     find_damage,
     finish_exchange,
     read_result,
+    sweep_private,
     what_became,
     write_state,
 )
@@ -204,6 +205,7 @@ def _execute_stage(plan: Plan, item: StagePlan, progress: Progress) -> StageResu
     inputs = {name: plan.stages[name].folder for name in stage.needs} | {"data": plan.data_path}
     started = time.monotonic()
     with hold_lock(folder):  # nothing is touched where another command is at work
+        sweep_private(folder)
         write_state(folder, "running")
         (folder / "result.json").unlink(missing_ok=True)
     with _state(folder):

@@ -9,7 +9,7 @@ from extract.teachers import TEACHERS, find_teacher
 from pipeline.runner import Plan
 from pipeline.stages import STAGES
 from pipeline.tables import Row, findings, result_rows
-from pipeline.workspace import Workspace, read_state
+from pipeline.workspace import Workspace, read_result, read_state
 from storage.atomic import nearest_existing
 from storage.fingerprint import short
 from storage.stage import StageResult
@@ -84,7 +84,7 @@ def show_status(workspace: Workspace) -> None:
             table.add_row(stage.name, str(folder), f"done in {result.seconds:,.0f} s", result.command)
     for path in sorted(workspace.root.glob("*/*/state.json")):
         state = read_state(path.parent)
-        if state is not None:
+        if state is not None and read_result(path.parent) is None:  # a kill may come between the two files
             table.add_row("", str(path.parent), state.state, state.message)
     if table.row_count:
         console.print(table)

@@ -137,6 +137,12 @@ def _find_store_damage(folder: Path) -> str:
     return f"{found} (first {lost[0]}); only that is made again" if lost else ""
 
 
+def sweep_private(folder: Path) -> None:
+    """Remove what killed writers left. Only while holding the folder's lock."""
+    for private in folder.rglob(".*.partial"):
+        private.unlink(missing_ok=True)
+
+
 _EXCHANGED = (".again", ".old")
 
 

@@ -1,5 +1,6 @@
 """Who carries out jobs, and what happens to those that fail: in this process, and on Ray with workers that die."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -44,11 +45,9 @@ class Worker:
 def take_number(folder: Path, name: str) -> int:
     """1, then 2, and so on, whichever process asks."""
     for number in itertools.count(1):
-        try:
+        with contextlib.suppress(FileExistsError):
             (folder / f"{name}.{number}").touch(exist_ok=False)
-        except FileExistsError:
-            continue
-        return number
+            return number
     raise AssertionError
 
 
@@ -59,10 +58,6 @@ def attempts(folder: Path) -> Counter[int]:
 
 def find_done(folder: Path, job: int) -> ShardEntry | None:
     return entry_of(job) if (folder / f"done-{job}").exists() else None
-
-
-def make_none(folder: Path) -> Worker:
-    raise AssertionError("no job, no worker")
 
 
 def carry_out(
@@ -90,12 +85,12 @@ def refuse(job: int, attempt: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[None]:
-    """One small Ray for all tests of this file."""
+    """One small Ray for all tests of this file; it believes in a GPU."""
     import ray
 
     handler = signal.getsignal(signal.SIGTERM)
     ray.init(
-        address="local", num_cpus=2, num_gpus=0, include_dashboard=False, object_store_memory=100 * 2**20,
+        address="local", num_cpus=2, num_gpus=1, include_dashboard=False, object_store_memory=100 * 2**20,
         log_to_driver=False, logging_level="ERROR",
     )  # fmt: skip
     signal.signal(signal.SIGTERM, handler)
@@ -141,26 +136,13 @@ def test_a_worker_that_cannot_be_made_for_a_known_reason_says_so(cfg: ExecutionC
     assert len(list(tmp_path.glob("made.*"))) == 1
 
 
-def test_no_job_needs_no_worker(tmp_path: Path) -> None:
-    for executor in ("inline", "ray"):
-        assert carry_out(tmp_path, work, 0, ExecutionConfig.model_validate({"executor": executor}), make_none) == []
-
-
-def test_a_stop_ends_between_jobs(tmp_path: Path) -> None:
-    stop = StopRequest()
-    make_worker = partial(Worker, tmp_path, work)
-    cfg = ExecutionConfig(executor="inline")
-    outcomes = run_jobs(range(5), make_worker, cfg, find_committed=partial(find_done, tmp_path), stop=stop)
-    assert next(outcomes) == entry_of(0)
-    stop.signal_name = "SIGTERM"
-    with pytest.raises(Interrupted):
-        next(outcomes)
-    assert attempts(tmp_path) == {0: 1}
-
-
 # ---- Ray -------------------------------------------------------------------------------------------------------------
 
 RAY = ExecutionConfig(executor="ray", workers=1, device="cpu")
+
+
+def on_ray(test: Callable[..., None]) -> Callable[..., None]:
+    return pytest.mark.ray(pytest.mark.usefixtures("ray_session")(test))
 
 
 def die(job: int, attempt: int, folder: Path) -> None:
@@ -172,8 +154,7 @@ def die(job: int, attempt: int, folder: Path) -> None:
         os._exit(1)
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
+@on_ray
 def test_a_job_that_kills_its_worker_is_given_up_and_no_other_is_blamed(tmp_path: Path) -> None:
     """With one worker, the next job always waits on the worker that dies."""
     outcomes = carry_out(tmp_path, die, 6, RAY)
@@ -186,8 +167,7 @@ def test_a_job_that_kills_its_worker_is_given_up_and_no_other_is_blamed(tmp_path
     assert all(len(json.dumps(entry.to_json())) < 4096 for entry in entries)
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
+@on_ray
 @pytest.mark.parametrize(
     ("end", "reason"), [(os._exit, "ActorDiedError"), (divmod, "TypeError: divmod expected 2 arguments")]
 )
@@ -204,8 +184,7 @@ def test_workers_that_never_come_up_end_the_run(end: Callable[[int], object], re
     assert not attempts(tmp_path)
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
+@on_ray
 def test_a_worker_that_dies_while_it_is_made_is_no_fault_of_a_job(tmp_path: Path) -> None:
     def make(folder: Path) -> Worker:
         if take_number(folder, "made") <= 2:
@@ -224,8 +203,7 @@ def meet(job: int, attempt: int, folder: Path) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
+@on_ray
 def test_jobs_are_shared_out_evenly(tmp_path: Path) -> None:
     """Two jobs for two workers: neither waits behind the other, although one worker is up much earlier."""
 
@@ -242,8 +220,7 @@ def sleep(job: int, attempt: int, folder: Path) -> None:
     time.sleep(300)
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
+@on_ray
 def test_a_stop_does_not_wait_for_jobs(tmp_path: Path) -> None:
     stop = StopRequest()
 
@@ -258,10 +235,28 @@ def test_a_stop_does_not_wait_for_jobs(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("done-*"))
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
-def test_more_workers_than_fit_are_refused_instead_of_waiting_for_ever(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"3 workers need 3 CPUs, Ray has 2; lower extract\.run\.workers"):
-        carry_out(tmp_path, work, 5, RAY.model_copy(update={"workers": 3}))
-    with pytest.raises(ConfigError, match="1 workers need 4 CPUs, Ray has 2"):
-        carry_out(tmp_path, work, 5, RAY.model_copy(update={"workers": 0, "threads": 4}))
+def note_gpus(job: int, attempt: int, folder: Path) -> None:
+    (folder / f"gpus-{os.environ.get('CUDA_VISIBLE_DEVICES')}").touch()
+
+
+@on_ray
+def test_one_worker_a_gpu(tmp_path: Path) -> None:
+    """Where Ray knows of GPUs there are as many workers, and a worker sees no other's."""
+    carry_out(tmp_path, note_gpus, 4, ExecutionConfig(executor="ray"))
+    assert [path.name for path in tmp_path.glob("gpus-*")] == ["gpus-0"]
+    assert len({path.read_text() for path in tmp_path.glob("done-*")}) == 1
+
+
+@on_ray
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"workers": 3}, "3 workers need 3 CPUs, Ray has 2"),
+        ({"workers": 0, "threads": 4}, "1 workers need 4 CPUs, Ray has 2"),
+        ({"workers": 2, "device": "auto"}, "2 workers need 2 GPUs, Ray has 1"),
+    ],
+)
+def test_more_workers_than_fit_are_refused(changes: dict[str, object], found: str, tmp_path: Path) -> None:
+    """Ray itself would wait for ever."""
+    with pytest.raises(ConfigError, match=rf"{found}; lower extract\.run\.workers"):
+        carry_out(tmp_path, work, 5, RAY.model_copy(update=changes))

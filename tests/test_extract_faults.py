@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 import extract.worker
+from extract.cluster import run_jobs
 from extract.config import ExecutionConfig, ExtractConfig
 from extract.run import run
 from storage.errors import QuarantineError
 from storage.records import ShardEntry
-from storage.stage import Interrupted, SilentProgress
+from storage.stage import Interrupted, SilentProgress, StopRequest
 from storage.verify import iter_damage
 from storage.writer import committed_shards, load_plan
 
@@ -156,3 +157,32 @@ def test_a_shard_that_always_fails_is_given_up_and_the_others_finish(
     monkeypatch.setattr(extract.worker, "extract_shard", extract_shard)
     run(CFG, {"data": data}, tmp_path / "store")
     assert tree_bytes(tmp_path / "store") == files
+
+
+# ---- the executor itself ---------------------------------------------------------------------------------------------
+
+
+def no_worker() -> Callable[[int], ShardEntry]:
+    raise AssertionError("no job, no worker")
+
+
+def test_no_job_needs_no_worker() -> None:
+    for executor in ("inline", "ray"):
+        cfg = ExecutionConfig.model_validate({"executor": executor})
+        assert list(run_jobs([], no_worker, cfg, find_committed=lambda job: None, stop=StopRequest())) == []
+
+
+def test_a_stop_ends_between_jobs() -> None:
+    begun: list[int] = []
+
+    def work(job: int) -> ShardEntry:
+        begun.append(job)
+        return ShardEntry(index=job, num_images=1, num_records=1, files=())
+
+    stop, cfg = StopRequest(), ExecutionConfig(executor="inline")
+    outcomes = run_jobs(range(5), lambda: work, cfg, find_committed=lambda job: None, stop=stop)
+    assert isinstance(next(outcomes), ShardEntry)
+    stop.signal_name = "SIGTERM"
+    with pytest.raises(Interrupted):
+        next(outcomes)
+    assert begun == [0]

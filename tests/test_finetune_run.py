@@ -19,7 +19,7 @@ from finetune import run as stage
 from finetune.classifier import build_classifier, count_correct
 from finetune.config import FinetuneConfig
 from storage.atomic import read_json
-from storage.errors import ConfigError, DamagedError, InputError
+from storage.errors import DamagedError
 from storage.image_index import load_index
 from storage.stage import Interrupted, SilentProgress
 
@@ -205,79 +205,6 @@ def test_a_stop_after_the_last_step_of_a_member_is_not_forgotten(inputs: Inputs,
     with pytest.raises(Interrupted):
         stage.run(CFG, inputs, tmp_path / "out", StopWhenDone())
     assert read_json(tmp_path / "out" / "distilled-0" / "result.json")["metrics"]["num_eval"] == 4
-
-
-def test_bad_images_are_counted_apart(make_index: Callable[..., Any], make_images: Callable[..., Path],
-                                      tmp_path: Path) -> None:  # fmt: skip
-    """Which image is bad does not change the split: that depends on names alone."""
-    root = make_images()
-    _, index = make_index(root)
-    (root / index.split("eval").keys[0]).write_bytes(b"no picture")
-    (root / index.split("train").keys[5]).write_bytes(b"no picture")
-    path, _ = make_index(root)
-    student = write_student(tmp_path / "student", 0)
-    metrics = stage.run(CFG, {"data": path, "distill": student}, tmp_path / "out")
-    assert metrics["num_eval"] == 3
-    assert {(member["num_eval"], member["num_bad"]) for member in metrics["members"]} == {(3, 1)}
-    assert all(3 * member["accuracy"] == round(3 * member["accuracy"]) for member in metrics["members"])
-
-
-def test_more_than_ten_classes(make_index: Callable[..., Any], tmp_path: Path) -> None:
-    path, _ = make_index(classes=tuple(f"kind {n}" for n in range(12)), per_class=3)
-    student = write_student(tmp_path / "student", 0)
-    metrics = stage.run(CFG.model_copy(update={"epochs": 1}), {"data": path, "distill": student}, tmp_path / "out")
-    assert len(metrics["classes"]) == 12
-    assert metrics["majority_accuracy"] == 1 / 12
-    for start in ("scratch", "distilled"):
-        saved = load_weights(tmp_path / "out" / f"{start}-0" / "classifier.safetensors")
-        assert saved["head.weight"].shape == (12, TOY.width)
-
-
-@pytest.mark.parametrize(
-    ("images", "error", "said"),
-    [
-        ({"classes": ("only",)}, ConfigError, r"two classes or more, found 1 class"),
-        ({"eval_fraction": 0.0}, InputError, r"no image is held out.*data.eval_fraction"),
-    ],
-    ids=["one class", "no evaluation images"],
-)
-def test_data_that_cannot_work_is_refused(
-    make_index: Callable[..., Any], tmp_path: Path, images: dict[str, Any], error: type[Exception], said: str
-) -> None:
-    path, _ = make_index(**images)
-    with pytest.raises(error, match=said):
-        stage.run(CFG, {"data": path, "distill": write_student(tmp_path / "student", 0)}, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_images_without_labels_are_refused(make_index: Callable[..., Any], tmp_path: Path) -> None:
-    (tmp_path / "flat").mkdir()
-    for number in range(4):
-        Image.new("RGB", (32, 32), (60 * number, 0, 0)).save(tmp_path / "flat" / f"{number}.png")
-    path, _ = make_index(tmp_path / "flat")
-    with pytest.raises(ConfigError, match=r"two classes or more, found no labels.*one folder a class"):
-        stage.run(CFG, {"data": path, "distill": write_student(tmp_path / "student", 0)}, tmp_path / "out")
-
-
-def test_evaluation_images_without_a_label_are_refused(make_index: Callable[..., Any], make_images: Callable[..., Path],
-                                                       tmp_path: Path) -> None:  # fmt: skip
-    root = tmp_path / "divided"
-    make_images("divided/train")
-    (root / "val").mkdir()
-    Image.new("RGB", (32, 32)).save(root / "val" / "nameless.png")
-    path, _ = make_index(root)
-    with pytest.raises(ConfigError, match="labelled images"):
-        stage.run(CFG, {"data": path, "distill": write_student(tmp_path / "student", 0)}, tmp_path / "out")
-
-
-def test_no_readable_evaluation_image_is_an_error(make_index: Callable[..., Any], make_images: Callable[..., Path],
-                                                  tmp_path: Path) -> None:  # fmt: skip
-    root = make_images(per_class=3)
-    for key in make_index(root)[1].split("eval").keys:
-        (root / key).write_bytes(b"no picture")
-    path, _ = make_index(root)
-    with pytest.raises(InputError, match="none of the evaluation images"):
-        stage.run(CFG, {"data": path, "distill": write_student(tmp_path / "student", 0)}, tmp_path / "out")
 
 
 def test_a_damaged_member_result_is_named(inputs: Inputs, copied: Path) -> None:

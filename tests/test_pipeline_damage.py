@@ -161,3 +161,25 @@ def test_a_deleted_cache_and_image_list_change_nothing(decant: Decant, copy_run:
     for path in [*(work / "cache").iterdir(), *(work / "data").iterdir()]:
         path.unlink()
     assert decant("run", "--work", work).out.count(" skip ") == len(STAGES)
+
+
+def test_what_killed_writers_left_is_swept_when_the_stage_runs_again(decant: Decant, copy_run: Run) -> None:
+    """At any depth of the stage's own folder; where other commands may write at this moment nothing is touched."""
+    _, work = copy_run
+    folder = folder_of(work, "finetune")
+    own = [folder / ".result.json.0123.partial", folder / "scratch-0" / ".classifier.safetensors.4567.partial"]
+    shared = work / ".current.json.89ab.partial"
+    for path in (*own, shared):
+        path.write_bytes(b"half of it")
+    (folder / "result.json").unlink()
+    assert decant("run", "--work", work).code == 0
+    assert [path.exists() for path in (*own, shared)] == [False, False, True]
+
+
+def test_a_state_that_outlived_its_result_is_not_shown(decant: Decant, copy_run: Run) -> None:
+    """Killed between publishing the result and removing the state."""
+    _, work = copy_run
+    (folder_of(work, "distill") / "state.json").write_text('{"state": "running", "message": "", "pid": 1}')
+    outcome = decant("status", "--work", work)
+    assert outcome.out.count("done in") == len(STAGES)
+    assert "running" not in outcome.out

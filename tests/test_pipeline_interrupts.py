@@ -126,7 +126,7 @@ def start(forker: "subprocess.Popen[str]", finished_run: tuple[Path, Path], tmp_
 
 def comparable(work: Path, tree_bytes: Callable[[Path], dict[str, object]]) -> dict[str, object]:
     """All that is bound to be the same in two runs; times are not."""
-    files = {part: tree_bytes(work / part) for part in ("stores", "students", "finetune", "evaluate", "data")}
+    files = {part: tree_bytes(work / part) for part in ("stores", "students", "finetune", "evaluate")}
     [(_, finetuned)] = Workspace(work).results(STAGES["finetune"])
     [(_, evaluated)] = Workspace(work).results(STAGES["evaluate"])
     numbers = [(m["start"], m["seed"], m["accuracy"], m["history"]) for m in finetuned.metrics["members"]]
@@ -139,7 +139,7 @@ def comparable(work: Path, tree_bytes: Callable[[Path], dict[str, object]]) -> d
     [(signal.SIGINT, tuple(MOMENTS)), (signal.SIGKILL, tuple(MOMENTS)), (signal.SIGTERM, ("distill",))],
     ids=["SIGINT", "SIGKILL", "SIGTERM"],
 )
-def test_a_run_that_is_stopped_in_every_stage_ends_with_the_tree_bytes(
+def test_a_run_that_is_stopped_in_every_stage_ends_with_the_same_bytes(
     start: Callable[..., Command], number: signal.Signals, stages: tuple[str, ...], finished_run: tuple[Path, Path],
     tmp_path: Path, tree_bytes: Callable[[Path], dict[str, object]],
 ) -> None:  # fmt: skip
@@ -166,7 +166,7 @@ def test_a_run_that_is_stopped_in_every_stage_ends_with_the_tree_bytes(
     assert (command.end(), command.text.count(" skip ")) == (0, len(STAGES))
 
 
-def test_a_run_that_is_killed_at_any_moment_ends_with_the_tree_bytes(
+def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bytes(
     start: Callable[..., Command], finished_run: tuple[Path, Path], tmp_path: Path,
     tree_bytes: Callable[[Path], dict[str, object]],
 ) -> None:  # fmt: skip

@@ -134,7 +134,7 @@ def test_a_failed_stage_is_run_again_and_the_others_are_not(
 
 
 @pytest.mark.parametrize("command", ["extract", "distill", "evaluate"])
-def test_force_makes_the_tree_bytes_again(
+def test_force_makes_the_same_bytes_again(
     decant: Decant, copy_run: Run, tree_bytes: Callable[[Path], dict[str, bytes]], command: str
 ) -> None:
     _, work = copy_run
