@@ -10,7 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
-from PIL import Image
+import numpy as np
+from numpy.typing import NDArray
 
 from storage.image_index import ImageList
 
@@ -38,10 +39,10 @@ class ImageCache:
     def __init__(self, images: ImageList, budget_bytes: int) -> None:
         self.images = images
         self._left = budget_bytes
-        self._kept: dict[int, Image.Image] = {}
+        self._kept: dict[int, NDArray[np.uint8]] = {}
         self._lock = threading.Lock()
 
-    def read(self, position: int) -> Image.Image:
+    def read(self, position: int) -> NDArray[np.uint8]:
         """The decoded image at a position of the list.
 
         Raises:
@@ -51,9 +52,8 @@ class ImageCache:
         if kept is not None:
             return kept
         image = self.images.read_image(position)
-        num_bytes = len(image.getbands()) * image.width * image.height
         with self._lock:
-            if num_bytes <= self._left and position not in self._kept:
-                self._left -= num_bytes
+            if image.nbytes <= self._left and position not in self._kept:
+                self._left -= image.nbytes
                 self._kept[position] = image
         return image

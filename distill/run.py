@@ -98,5 +98,5 @@ def _warn_of_renderer(stored: Mapping[str, Any], progress: Progress) -> None:
     if here != stored:
         progress.say(
             f"warning: the store's views were rendered by {stored['library']} {stored['version']}, here it is "
-            f"{here['version']}: the student may see slightly other pixels than the teacher did"
+            f"{here['library']} {here['version']}: the student may see slightly other pixels than the teacher did"
         )

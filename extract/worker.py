@@ -73,7 +73,7 @@ def _render_image(
         image = images.read_image(position)
     except BadImageError as error:
         return [_Unusable(key, str(error))]
-    drawn = [sampler.view(key, number, (image.height, image.width)) for number in range(views)]
+    drawn = [sampler.view(key, number, (image.shape[0], image.shape[1])) for number in range(views)]
     return [
         _Rendered(key, number, view, renderer.render_view(image, view, out_px)) for number, view in enumerate(drawn)
     ]

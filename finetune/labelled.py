@@ -69,7 +69,7 @@ class LabelledImages:
                 image = self.images.read(position)
             except BadImageError:
                 continue
-            key, image_hw = listing.keys[position], (image.height, image.width)
+            key, image_hw = listing.keys[position], (image.shape[0], image.shape[1])
             if epochs is None:
                 view, is_upside_down = self.cfg.eval_sampler.view(key, 0, image_hw), False
             else:

@@ -10,6 +10,8 @@ records.py      views, tokens, shards, the store's plan and manifest
 views.py        which crop of an image (samplers) and its pixels (render_view)
 images.py       where image bytes come from: class folders, tars
 decode.py       image bytes to pixels
+resize.py       the antialiased resize behind render_view
+jpeg.py         rendered views as JPEG, for stores that keep them
 image_index.py  the list of images with labels, digests and split
 zarr_format.py  the bytes of a sharded Zarr v3 array
 writer.py       shards to a store: private attempt, fsync, publish, receipt

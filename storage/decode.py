@@ -4,6 +4,8 @@ import io
 import warnings
 
 import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from storage.errors import BadImageError
@@ -13,29 +15,56 @@ DECODERS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_IMAGE_PIXELS = 120_000_000
 """Larger images are refused from their header: a 12 kB file can claim gigabytes."""
 
+_JPEG_START = b"\xff\xd8\xff"
+_PLAIN_JPEG = {"YCbCr": "RGB", "RGB": "RGB", "Gray": "GRAY"}
+"""The colours of a JPEG that is decoded without Pillow, and what they become. CMYK has a convention of its own."""
+_JPEG_DAMAGE = ("remature end of", "bad Huffman code", "found marker")
+"""In the decoder's warnings: parts of the picture are missing, and it would fill them with grey."""
+
 warnings.filterwarnings("ignore", module=r"PIL\.")  # about odd files; catch_warnings is not safe with threads
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """Encoded bytes to a picture: alpha is dropped, CMYK is converted, 16-bit grey keeps its high byte, animations give
+def decode_image(data: bytes) -> NDArray[np.uint8]:
+    """Encoded bytes to pixels: alpha is dropped, CMYK is converted, 16-bit grey keeps its high byte, animations give
     their first frame, and the EXIF orientation is ignored (as in torchvision's ImageFolder and timm).
 
+    JPEGs are decoded by libjpeg-turbo directly, to Pillow's pixels in half of its time; all other kinds, and the rare
+    JPEGs that only Pillow takes, by Pillow. Takes at most 5 times the memory of the pixels.
+
     Returns:
-        Mode RGB; mode L for a grey picture, which is cut and resized at a third of the cost. `render_view` makes RGB of
-        both, with the same pixels as if it had been RGB from the start.
+        (H, W, 3) RGB; (H, W) for a grey picture, which is cut and resized at a third of the cost. `render_view` makes
+        RGB of both, with the same pixels as if it had been RGB from the start.
 
     Raises:
         BadImageError: not an image, truncated, or larger than `MAX_IMAGE_PIXELS`.
     """
+    pixels = _decode_plain_jpeg(data) if data[:3] == _JPEG_START else None
+    return _decode_with_pillow(data) if pixels is None else pixels
+
+
+def _decode_plain_jpeg(data: bytes) -> NDArray[np.uint8] | None:
+    """Pixels, or None for Pillow to decide."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        _check_size(int(height), int(width))
+        if colours not in _PLAIN_JPEG:
+            return None
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, _PLAIN_JPEG[colours])
+    except ValueError as error:
+        if any(sign in str(error) for sign in _JPEG_DAMAGE):
+            raise BadImageError(f"truncated or damaged: {error}") from error
+        return None
+    return pixels[..., 0] if colours == "Gray" else pixels
+
+
+def _decode_with_pillow(data: bytes) -> NDArray[np.uint8]:
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=DECODERS)
-        width, height = image.size
-        if width * height > MAX_IMAGE_PIXELS:
-            raise BadImageError(f"{width} x {height} pixels, more than the limit of {MAX_IMAGE_PIXELS:,}")
+        _check_size(image.height, image.width)
         if image.mode.startswith("I"):
-            grey = np.asarray(image).astype(np.uint32)
-            image = Image.fromarray((grey >> 8).clip(0, 255).astype(np.uint8))
-        return image.convert("L" if image.mode in ("1", "L") else "RGB")
+            return _high_byte(np.array(image))
+        image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+        return np.asarray(image)
     except BadImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -46,3 +75,14 @@ def decode_image(data: bytes) -> Image.Image:
         raise BadImageError(
             f"cannot be decoded: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
+
+
+def _check_size(height: int, width: int) -> None:
+    if width * height > MAX_IMAGE_PIXELS:
+        raise BadImageError(f"{width} x {height} pixels, more than the limit of {MAX_IMAGE_PIXELS:,}")
+
+
+def _high_byte(grey_HW: NDArray[np.integer]) -> NDArray[np.uint8]:
+    """16-bit grey, in integers of any width. In place: such a picture is large already."""
+    np.right_shift(grey_HW, 8, out=grey_HW)
+    return np.clip(grey_HW, 0, 255, out=grey_HW).astype(np.uint8)

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-import PIL
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import Field, TypeAdapter, model_validator
 
+from storage.resize import RESIZE_LIBRARY, Kernel, resize, resize_version
 from storage.schema import Schema
 
 
@@ -101,30 +100,36 @@ def keyed_generator(seed: int, key: str, number: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.frombuffer(words, "<u8")))
 
 
-_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-
-
 class Renderer(Schema):
     """How a view becomes pixels. Recorded in the store, so that a student that would see other pixels is warned."""
 
-    kernel: Literal["bilinear", "bicubic"] = "bilinear"
+    kernel: Kernel = "bilinear"
     """Resize filter, antialiased; the paper's distillation uses bilinear."""
 
     def describe(self) -> dict[str, Any]:
         """What decides the pixels: the settings and the library that carries them out."""
-        return {"kernel": self.kernel, "library": "Pillow", "version": PIL.__version__}
+        return {"kernel": self.kernel, "library": RESIZE_LIBRARY, "version": resize_version()}
 
-    def render_view(self, image: Image.Image, view: View, out_px: int) -> NDArray[np.uint8]:
+    def render_view(self, image: NDArray[np.uint8], view: View, out_px: int) -> NDArray[np.uint8]:
         """Cut, resize and flip: the only place in the project that does so.
 
         Args:
-            image: RGB or grey, as `decode_image` gives it.
+            image: (H, W, 3) RGB or (H, W) grey, as `decode_image` gives it.
             out_px: side of the result in pixels.
 
         Returns:
-            (out_px, out_px, 3) uint8.
+            (out_px, out_px, 3) uint8, which may not be writable.
+
+        Raises:
+            ValueError: the view does not lie inside the image.
         """
-        cut = image.crop((view.left, view.top, view.left + view.width, view.top + view.height))
-        # cut first, as torchvision does: `resize(box=...)` would let pixels from outside the box in at its edges
-        pixels = np.asarray(cut.resize((out_px, out_px), _FILTERS[self.kernel]).convert("RGB"))
-        return np.ascontiguousarray(pixels[:, ::-1]) if view.flip else pixels
+        bottom, right = view.top + view.height, view.left + view.width
+        if not (0 <= view.top < bottom <= image.shape[0] and 0 <= view.left < right <= image.shape[1]):
+            raise ValueError(f"{view} does not lie inside an image of {image.shape[0]} x {image.shape[1]} pixels")
+        # cut first, as torchvision does: a resize with a box would let pixels from outside in at its edges
+        pixels = resize(image[view.top : bottom, view.left : right], out_px, self.kernel)
+        if view.flip:
+            pixels = pixels[:, ::-1]
+        if pixels.ndim == 2:  # grey
+            pixels = np.repeat(pixels[..., None], 3, axis=2)
+        return np.ascontiguousarray(pixels)
