@@ -11,8 +11,7 @@ from distill.config import DistillConfig
 from distill.order import EpochOrder, ViewOrder, num_steps
 from distill.prefetch import ImageCache, prefetch
 from storage.errors import BadImageError, InputError
-from storage.image_index import ImageList
-from storage.reader import FeatureReader
+from storage.store import FeatureReader
 from storage.views import Renderer
 
 
@@ -32,7 +31,7 @@ class DistillStream:
         """`location`: where the images of the store lie on this machine."""
         self.reader, self.cfg = reader, cfg
         plan = reader.plan
-        images = ImageList.model_validate(reader.images.to_json() | {"location": location})
+        images = reader.images.at(location)
         images.source.list_images()  # tars: the scan, once, before threads start
         self.images = ImageCache(images, cfg.run.image_cache_mb << 20)
         self.keys = images.keys

@@ -5,7 +5,8 @@ python -m pipeline finetune --seeds 3
 
 import functools
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,9 @@ def student_shape(weights: Path) -> StudentConfig:
         raise DamagedError(f"{weights} is not a distilled student ({error}); run `make distill FORCE=1`") from error
 
 
-def majority_accuracy(labels: tuple[int, ...]) -> float:
+def majority_accuracy(labels: Sequence[int]) -> float:
     """What always guessing the most frequent class scores."""
-    return max(labels.count(label) for label in set(labels)) / len(labels)
+    return max(Counter(labels).values()) / len(labels)
 
 
 def _run_member(

@@ -83,7 +83,7 @@ def make_plan(
         cache_dir=workspace.cache_dir,
     )  # fmt: skip
     data_path = workspace.data_path(config.data.path, index.fingerprint)
-    listing = index.to_file(indent=None)
+    listing = index.to_file()
     if not data_path.exists() or data_path.read_bytes() != listing:  # the images may lie elsewhere now
         write_file(data_path, listing)
     plans: dict[str, StagePlan] = {}

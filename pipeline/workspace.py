@@ -1,7 +1,7 @@
 """What lies where in a work folder.
 
 runs/current.json            the settings of the last command; the next one starts from them
-runs/data/<name>-<id>.json   image lists
+runs/data/<name>-<id>.bin    image lists
 runs/stores/<teacher>-<id>/  one folder a stage's result; <id> begins its fingerprint
 runs/students/  runs/finetune/  runs/evaluate/  runs/reports/
 runs/report.html             the newest report
@@ -42,7 +42,7 @@ class Workspace(NamedTuple):
         return self.root / stage.folder / f"{label}-{short(fingerprint)}"
 
     def data_path(self, location: str, fingerprint: str) -> Path:
-        return self.root / "data" / f"{Path(location).name or 'data'}-{short(fingerprint)}.json"
+        return self.root / "data" / f"{Path(location).name or 'data'}-{short(fingerprint)}.bin"
 
     @property
     def cache_dir(self) -> Path:

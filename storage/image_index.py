@@ -1,116 +1,143 @@
 """The list of images that a run works on: keys, labels, content digests and the split, fixed before any work.
 
 Content decides identity: two folders with the same keys and bytes are the same data set, wherever they lie, and a
-replaced image makes another one. Digests are taken once and kept as long as no size and modification time changes.
+replaced image makes another one.
 """
 
-import contextlib
 import hashlib
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal, NamedTuple
 
-from PIL import Image
+import numpy as np
+from numpy.typing import NDArray
 
 from storage.atomic import write_file
-from storage.decode import decode_image
-from storage.errors import BadImageError, ConfigError, DamagedError, InputError
-from storage.fingerprint import digest_bytes, digest_json, digest_parts
-from storage.images import ImageEntry, ImageSource, open_images
-from storage.schema import Sealed
+from storage.columns import Keys
+from storage.errors import ConfigError, DamagedError, InputError
+from storage.fingerprint import digest_json, digest_parts
+from storage.image_digests import take_digests
+from storage.image_list import ImageList, decode_images, encode_images
+from storage.image_source import ImageEntry
+from storage.images import open_images
+from storage.stage import Progress, SilentProgress
+
+__all__ = ["FILE_NAME", "ImageIndex", "ImageList", "ImageRow", "Split", "build_index", "hold_out", "load_index",
+           "order_classes", "require_labels", "save_index"]  # fmt: skip
 
 Split = Literal["train", "eval"]
 
+FILE_NAME = "images.bin"
+"""Of the image list in a store."""
 
-class ImageList(Sealed):
-    """Ordered images of one split: what a store is made from."""
 
-    location: str
-    """Where the images lie; no part of their identity."""
-    classes: tuple[str, ...]
-    keys: tuple[str, ...]
-    labels: tuple[int, ...]
-    """Position in `classes`; -1 without a label."""
-    digests: tuple[str, ...]
+class ImageRow(NamedTuple):
+    """One image of an index."""
+
+    key: str
+    label: int
+    digest: str
+    split: Split
+
+
+class ImageIndex:
+    """All images of a data set, and which of them are held out."""
+
+    def __init__(self, images: ImageList, is_eval_N: NDArray[np.bool_]) -> None:
+        if len(images) != len(is_eval_N):
+            raise AssertionError(f"{len(images)} images, {len(is_eval_N)} splits")
+        self.images, self.is_eval_N = images, is_eval_N
+        self.location, self.classes = images.location, images.classes
+
+    @classmethod
+    def of_rows(cls, location: str, classes: Sequence[str], rows: Sequence[ImageRow]) -> "ImageIndex":
+        """From one row an image, ordered by key."""
+        images = ImageList(
+            location=location, classes=classes, keys=[row.key for row in rows], labels=[row.label for row in rows],
+            digests=[row.digest for row in rows],
+        )  # fmt: skip
+        return cls(images, np.array([row.split == "eval" for row in rows], np.bool_))
+
+    @property
+    def rows(self) -> Iterator[ImageRow]:
+        """One image after another, in key order; columns are faster."""
+        images = self.images
+        columns = zip(images.keys, images.labels, images.digests, self.is_eval_N.tolist(), strict=True)
+        return (ImageRow(key, label, digest, "eval" if held else "train") for key, label, digest, held in columns)
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.images)
 
-    @cached_property
-    def source(self) -> ImageSource:
-        return open_images(self.location)
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ImageIndex) and self.to_file() == other.to_file()
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Over the ordered keys and contents."""
-        return digest_parts(part.encode() for pair in zip(self.keys, self.digests, strict=True) for part in pair)
-
-    def read_image(self, position: int) -> Image.Image:
-        """Decode one image, after checking that it is the one that was listed.
-
-        Raises:
-            BadImageError: it cannot be read or decoded.
-            InputError: it is not the image that was listed when the run began.
-        """
-        key = self.keys[position]
-        data = self.source.read_bytes(key)
-        if self.digests[position] != digest_bytes(data):
-            raise InputError(
-                f"image {key!r} of {self.location} has changed since it was listed; give the command again: "
-                "the changed data set gets a store of its own"
-            )
-        return decode_image(data)
-
-
-class ImageIndex(Sealed):
-    """All images of a data set."""
-
-    remedy: ClassVar[str] = "delete it and give the command again"
-
-    location: str
-    classes: tuple[str, ...]
-    entries: tuple[tuple[str, int, str, Split], ...]
-    """Key, label, digest and split of each image, ordered by key."""
+    __hash__ = None  # type: ignore[assignment]
 
     def split(self, name: Split) -> ImageList:
         """The images of one split, in key order."""
-        rows = [entry for entry in self.entries if entry[3] == name]
-        keys, labels, digests, _ = zip(*rows, strict=True) if rows else ((), (), (), ())
-        return ImageList(location=self.location, classes=self.classes, keys=keys, labels=labels, digests=digests)
+        return self.images.select(self.is_eval_N == (name == "eval"))
 
     @cached_property
     def fingerprint(self) -> str:
-        """Over keys, labels, contents and the split."""
-        return digest_json([self.classes, self.entries])
+        """Over classes, keys, labels, contents and the split."""
+        parts = (digest_json(self.classes).encode(), self.images.fingerprint.encode())
+        return digest_parts(
+            (*parts, self.images.labels_N.astype("<i4").tobytes(), self.is_eval_N.astype(np.uint8).tobytes())
+        )
+
+    def to_file(self) -> bytes:
+        """The bytes of its file."""
+        return encode_images(self.images, self.is_eval_N)
+
+    @classmethod
+    def from_file(cls, path: Path, data: bytes) -> "ImageIndex":
+        """Parse a file that `to_file` made.
+
+        Raises:
+            DamagedError: it is not what was written.
+        """
+        remedy = "delete it and give the command again"
+        images, is_eval_N = decode_images(path, data, remedy)
+        if is_eval_N is None:
+            raise DamagedError(f"{path} is the image list of a store; expected that of a whole data set; {remedy}")
+        return cls(images, is_eval_N)
 
 
-def build_index(location: str, *, eval_fraction: float, seed: int, cache_dir: Path) -> ImageIndex:
+def build_index(
+    location: str, *, eval_fraction: float, seed: int, cache_dir: Path, progress: Progress | None = None
+) -> ImageIndex:
     """List a data set, digest its images and divide it.
 
     Where the data set has no `val` or `test` part of its own, `eval_fraction` of each class is held out: a function of
     the image keys and the seed alone, so it is the same on every machine.
 
+    Args:
+        cache_dir: keeps digests from one call to the next.
+        progress: hears of the images that have to be read.
+
     Raises:
         InputError: no image, a class too small to divide, or a name that is no text.
     """
+    place = str(Path(location).expanduser().absolute())
     source = open_images(location)
-    entries = sorted(source.list_images())
-    for entry in entries:
-        _refuse_bytes(entry.key, location)
-    digests = _digests(source, entries, location, cache_dir)
+    entries = sorted(source.list_images(), key=attrgetter("key"))
+    try:
+        place.encode()
+        keys = Keys.encode(entry.key for entry in entries)
+    except UnicodeEncodeError as error:
+        raise InputError(f"the name {error.object!r} in {location} is not valid UTF-8; rename it") from None
     classes = order_classes(entry.class_name for entry in entries if entry.class_name is not None)
-    numbers = {name: number for number, name in enumerate(classes)}
+    numbers: dict[str | None, int] = {name: number for number, name in enumerate(classes)} | {None: -1}
+    labels = np.fromiter((numbers[entry.class_name] for entry in entries), np.int32, len(entries))
     if any(entry.split for entry in entries):
-        splits: Sequence[Split] = ["eval" if entry.split == "eval" else "train" for entry in entries]
+        is_eval_N = np.fromiter((entry.split == "eval" for entry in entries), np.bool_, len(entries))
     else:
-        splits = hold_out(entries, eval_fraction, seed)
-    rows = tuple(
-        (entry.key, -1 if entry.class_name is None else numbers[entry.class_name], digest, split)
-        for entry, digest, split in zip(entries, digests, splits, strict=True)
-    )
-    return ImageIndex(location=str(Path(location).expanduser().absolute()), classes=classes, entries=rows)
+        is_eval_N = np.array([split == "eval" for split in hold_out(entries, eval_fraction, seed)], np.bool_)
+    cache_path = cache_dir / f"digests-{digest_json(place)[:16]}.bin"
+    digests = take_digests(source, entries, keys, cache_path, progress or SilentProgress())
+    return ImageIndex(ImageList(location=place, classes=classes, keys=keys, labels=labels, digests=digests), is_eval_N)
 
 
 def order_classes(names: Iterable[str]) -> tuple[str, ...]:
@@ -119,13 +146,6 @@ def order_classes(names: Iterable[str]) -> tuple[str, ...]:
     if all(name.isascii() and name.isdigit() for name in unique):
         return tuple(sorted(unique, key=lambda name: (int(name), name)))
     return tuple(sorted(unique))
-
-
-def _refuse_bytes(key: str, location: str) -> None:
-    try:
-        key.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"the name {key!r} in {location} is not valid UTF-8; rename this image") from None
 
 
 def hold_out(entries: Sequence[ImageEntry], fraction: float, seed: int) -> list[Split]:
@@ -154,7 +174,7 @@ def load_index(path: Path) -> ImageIndex:
 
 
 def save_index(path: Path, index: ImageIndex) -> None:
-    write_file(path, index.to_file(indent=None))
+    write_file(path, index.to_file())
 
 
 def require_labels(images: ImageList, purpose: str) -> None:
@@ -163,36 +183,9 @@ def require_labels(images: ImageList, purpose: str) -> None:
     Raises:
         ConfigError: says what is missing.
     """
-    if len(images.classes) < 2 or -1 in images.labels:
+    if len(images.classes) < 2 or (images.labels_N < 0).any():
         found = f"{len(images.classes)} class(es)" if images.classes else "no labels"
         raise ConfigError(
             f"{purpose} needs labelled images of two classes or more, found {found} in {images.location}; "
             "put the images into one folder a class, or give tars with .cls members"
         )
-
-
-class _DigestCache(Sealed):
-    """May be deleted, or damaged, at any time."""
-
-    listing: str
-    digests: tuple[str, ...]
-
-
-def _digests(source: ImageSource, entries: Sequence[ImageEntry], location: str, cache_dir: Path) -> list[str]:
-    listing = digest_json([(entry.key, entry.num_bytes, entry.stamp) for entry in entries])
-    path = cache_dir / f"digests-{digest_json(str(Path(location).expanduser().absolute()))[:16]}.json"
-    with contextlib.suppress(FileNotFoundError, DamagedError):
-        cached = _DigestCache.from_file(path, path.read_bytes())
-        if cached.listing == listing:
-            return list(cached.digests)
-
-    def digest(entry: ImageEntry) -> str:
-        try:
-            return digest_bytes(source.read_bytes(entry.key))
-        except BadImageError as error:
-            return f"unreadable: {error}"
-
-    with ThreadPoolExecutor(8) as pool:
-        digests = list(pool.map(digest, entries, chunksize=64))
-    write_file(path, _DigestCache(listing=listing, digests=tuple(digests)).to_file(indent=None))
-    return digests

@@ -20,6 +20,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
+from storage.fingerprint import digest_bytes
 from storage.image_index import ImageIndex, ImageList, build_index, save_index
 from storage.records import FeatureRecord, FeatureSpec, ImageKey, StorePlan
 from storage.views import CentreCrop, RandomResizedCrop, Renderer
@@ -60,7 +61,7 @@ def make_index(make_images: MakeImages, tmp_path: Path) -> Callable[..., tuple[P
         index = build_index(
             str(root or make_images(**images)), eval_fraction=eval_fraction, seed=0, cache_dir=tmp_path / "cache"
         )
-        path = tmp_path / "data.json"
+        path = tmp_path / "data.bin"
         save_index(path, index)
         return path, index
 
@@ -74,7 +75,7 @@ def image_list() -> Callable[[int], ImageList]:
     def make(count: int) -> ImageList:
         return ImageList(
             location="", classes=("a",), keys=tuple(f"a/{n:04d}.png" for n in range(count)), labels=(0,) * count,
-            digests=tuple(f"digest-{n}" for n in range(count)),
+            digests=tuple(digest_bytes(b"%d" % n) for n in range(count)),
         )  # fmt: skip
 
     return make
@@ -120,7 +121,7 @@ def fill_shard() -> Callable[..., ShardWriter]:
     def fill(
         root: Path, plan: StorePlan, images: ImageList, index: int, *, bad: tuple[str, ...] = (), seed: int = 0
     ) -> ShardWriter:
-        writer = ShardWriter(root, plan, index, images.keys)
+        writer = ShardWriter(root, plan, images, index)
         for key in writer.keys:
             if key in bad:
                 writer.mark_bad(key, "made up to be bad")

@@ -44,11 +44,13 @@ def load_model(inputs: dict[str, Path]) -> DistillModel:
     return model.eval()
 
 
-def relabel(inputs: dict[str, Path], change: Callable[[int, int], int], **other: object) -> ImageIndex:
+def relabel(
+    inputs: dict[str, Path], change: Callable[[int, int], int], classes: tuple[str, ...] | None = None
+) -> ImageIndex:
     """Another label for each image, by position; names, contents and split stay."""
     index = load_index(inputs["data"])
-    entries = tuple((k, change(n, label), d, s) for n, (k, label, d, s) in enumerate(index.entries))
-    changed = index.model_copy(update={"entries": entries} | other)
+    rows = [row._replace(label=change(number, row.label)) for number, row in enumerate(index.rows)]
+    changed = ImageIndex.of_rows(index.location, index.classes if classes is None else classes, rows)
     save_index(inputs["data"], changed)
     return changed
 
@@ -106,21 +108,21 @@ def test_as_many_pictures_as_asked_for_and_there_are(
 
 def test_stores_of_other_images_are_refused(inputs: dict[str, Path], tmp_path: Path) -> None:
     index = load_index(inputs["data"])
-    key, label, _, split = index.entries[0]
-    changed = ((key, label, "another digest", split), *index.entries[1:])
-    save_index(inputs["data"], index.model_copy(update={"entries": changed}))
+    first, *others = index.rows
+    changed = [first._replace(digest=first.digest[::-1]), *others]
+    save_index(inputs["data"], ImageIndex.of_rows(index.location, index.classes, changed))
     with pytest.raises(InputError, match=r"tokens of other images.*make evaluate"):
         stage.run(CFG, inputs, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     ("change", "other"),
-    [(lambda number, label: label, {"classes": ("dark",)}), (lambda number, label: -1, {"classes": ()}),
+    [(lambda number, label: 0, {"classes": ("dark",)}), (lambda number, label: -1, {"classes": ()}),
      (lambda number, label: -1 if number == 3 else label, {})],
     ids=["one class", "no labels", "one image without a label"],
 )  # fmt: skip
 def test_labels_are_needed(
-    inputs: dict[str, Path], tmp_path: Path, change: Callable[[int, int], int], other: dict[str, object]
+    inputs: dict[str, Path], tmp_path: Path, change: Callable[[int, int], int], other: dict[str, tuple[str, ...]]
 ) -> None:
     relabel(inputs, change, **other)
     with pytest.raises(ConfigError, match=r"a linear probe needs labelled images"):

@@ -1,6 +1,5 @@
 """Who depends on what: every setting and every byte changes the fingerprints that it must, and no other."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pipeline.runner import Plan, make_plan
 from pipeline.stages import STAGES, upstream
 from pipeline.workspace import Workspace
 from storage.errors import ConfigError, InputError
+from storage.image_index import load_index
 
 ALL = tuple(STAGES)
 FROM_EXTRACT = {"extract", "distill", "finetune", "evaluate", "report"}
@@ -123,7 +123,7 @@ def test_the_image_list_says_where_the_images_lie_now(plan: Callable[..., Plan],
     moved = shutil.move(before.images.location, tmp_path / "elsewhere" / "images")
     after = plan(data=Path(moved))
     assert after.data_path == before.data_path
-    assert json.loads(after.data_path.read_bytes())["location"] == str(tmp_path / "elsewhere" / "images")
+    assert load_index(after.data_path).location == str(tmp_path / "elsewhere" / "images")
 
 
 def test_a_damaged_image_list_is_written_again(plan: Callable[..., Plan]) -> None:

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from storage.errors import ConfigError, DamagedError, InputError
+from storage.fingerprint import FINGERPRINT_CHARS, digest_bytes
 from storage.image_index import (
     ImageIndex,
+    ImageRow,
     build_index,
     hold_out,
     load_index,
@@ -23,7 +25,7 @@ from storage.image_index import (
     require_labels,
     save_index,
 )
-from storage.images import ImageEntry
+from storage.image_source import ImageEntry
 
 MakeImages = Callable[..., Path]
 Build = Callable[..., ImageIndex]
@@ -38,7 +40,7 @@ def build(tmp_path: Path) -> Build:
 
 
 def splits(index: ImageIndex) -> dict[str, str]:
-    return {key: split for key, _, _, split in index.entries}
+    return {key: split for key, _, _, split in index.rows}
 
 
 def entries(sizes: dict[str, int]) -> list[ImageEntry]:
@@ -119,7 +121,7 @@ def test_number_classes_are_ordered_as_numbers(tmp_path: Path, build: Build) -> 
                     archive.addfile(info, io.BytesIO(data))
     index = build(tmp_path / "0.tar")
     assert index.classes == tuple(map(str, range(12)))
-    assert all(int(key[:2]) == label for key, label, _, _ in index.entries)
+    assert all(int(key[:2]) == label for key, label, _, _ in index.rows)
 
 
 def test_order_of_classes() -> None:
@@ -134,7 +136,7 @@ def test_images_without_labels(make_images: MakeImages, build: Build) -> None:
     shutil.copy(root / "dark" / "000.png", root / "a.png")
     shutil.copy(root / "dark" / "001.png", root / "b.png")
     index = build(root)
-    assert {key: label for key, label, _, _ in index.entries}["a.png"] == -1
+    assert {key: label for key, label, _, _ in index.rows}["a.png"] == -1
     with pytest.raises(ConfigError, match="probing needs labelled images"):
         require_labels(index.split("train"), "probing")
     with pytest.raises(ConfigError, match=r"found 1 class\(es\)"):
@@ -177,12 +179,9 @@ def test_key_content_label_and_division_change_the_identity(make_images: MakeIma
 
 
 def test_labels_belong_to_the_identity_of_the_index_only() -> None:
-    one = ImageIndex(
-        location="x", classes=("a", "b"), entries=(("1.png", 0, "d1", "train"), ("2.png", 1, "d2", "train"))
-    )
-    other = ImageIndex(
-        location="y", classes=("a", "b"), entries=(("1.png", 1, "d1", "train"), ("2.png", 1, "d2", "train"))
-    )
+    rows = [ImageRow("1.png", 0, digest_bytes(b"1"), "train"), ImageRow("2.png", 1, digest_bytes(b"2"), "train")]
+    one = ImageIndex.of_rows("x", ("a", "b"), rows)
+    other = ImageIndex.of_rows("y", ("a", "b"), [rows[0]._replace(label=1), rows[1]])
     assert one.fingerprint != other.fingerprint
     assert one.split("train").fingerprint == other.split("train").fingerprint  # the teacher sees no labels
 
@@ -191,9 +190,11 @@ def test_an_index_is_equal_to_its_file_and_damage_is_found(
     make_images: MakeImages, build: Build, tmp_path: Path
 ) -> None:
     index = build(make_images())
-    save_index(tmp_path / "data.json", index)
-    assert load_index(tmp_path / "data.json") == index
-    text = (tmp_path / "data.json").read_text()
-    (tmp_path / "data.json").write_text(text.replace('"train"', '"eval"', 1))
-    with pytest.raises(DamagedError, match=r"data\.json does not match its own digest.*delete it"):
-        load_index(tmp_path / "data.json")
+    path = tmp_path / "data.bin"
+    save_index(path, index)
+    assert load_index(path) == index
+    data = bytearray(path.read_bytes())
+    data[-FINGERPRINT_CHARS - 1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DamagedError, match=r"data\.bin does not match its own digest.*delete it"):
+        load_index(path)

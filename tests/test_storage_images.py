@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import storage.images
+import storage.image_folder
 from storage.errors import BadImageError, InputError
-from storage.images import ImageEntry, open_images
+from storage.image_source import ImageEntry
+from storage.images import open_images
 
 Tree = Callable[..., Path]
 
@@ -140,7 +141,7 @@ def test_empty_missing_and_other_kinds_of_places_are_refused(tree: Tree, tmp_pat
 def test_files_that_vanish_grow_or_may_not_be_read_are_bad_images(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tree("a/1.png", "a/22.png")
     source = open_images(str(root))
-    monkeypatch.setattr(storage.images, "MAX_IMAGE_BYTES", 7)
+    monkeypatch.setattr(storage.image_folder, "MAX_IMAGE_BYTES", 7)
     assert source.read_bytes("a/1.png") == b"a/1.png"
     with pytest.raises(BadImageError, match="larger than"):
         source.read_bytes("a/22.png")

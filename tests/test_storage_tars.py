@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import webdataset
 
-import storage.images
+import storage.image_tars
 from storage.errors import BadImageError, DamagedError, InputError
-from storage.images import open_images, split_member
+from storage.image_tars import split_member
+from storage.images import open_images
 
 Members = dict[str, bytes]
 
@@ -241,6 +242,6 @@ def test_claimed_sizes_are_not_believed(tmp_path: Path, make_tar: Callable[..., 
         (tmp_path / "0.tar").write_bytes(header("a.png", 3) + bytes(512) + header("b.png", claimed) + bytes(10240))
         with pytest.raises(DamagedError):
             open_images(str(tmp_path / "0.tar")).list_images()
-    monkeypatch.setattr(storage.images, "MAX_IMAGE_BYTES", 699)
+    monkeypatch.setattr(storage.image_tars, "MAX_IMAGE_BYTES", 699)
     with pytest.raises(BadImageError, match="larger than"):
         open_images(str(make_tar())).read_bytes("0.png")

@@ -1,0 +1,125 @@
+"""A folder of class folders as a source of images."""
+
+import contextlib
+import os
+import re
+import stat
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
+from pathlib import Path
+from typing import NamedTuple
+
+from storage.errors import BadImageError, InputError
+from storage.image_source import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, ImageEntry, split_of
+
+_LIST_THREADS = 8
+
+
+def _folder_split(name: str) -> str | None:
+    """`train2017` is one; `bullet_train` is a class."""
+    return split_of(re.split(r"[^a-z]", name.lower(), maxsplit=1)[0])
+
+
+class FolderImages:
+    """`root/<class>/**/<file>`, or `root/train/<class>/...` with `root/val/<class>/...`; images directly in `root` have
+    no label. Keys are paths relative to `root`. Hidden files and folders are passed over."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def list_images(self) -> list[ImageEntry]:
+        """Raises InputError when there is no image, or a folder that cannot be listed."""
+        entries: list[ImageEntry] = []
+        is_divided = False
+        for folder in _walk(self.root):
+            parts = folder.parts
+            if not parts:
+                is_divided = {"train", "eval"} <= {_folder_split(name) for name, _ in folder.subfolders}
+            split = _folder_split(parts[0]) if is_divided and parts else None
+            labels = parts[1:] if split else parts
+            label, prefix = labels[0] if labels else None, "".join(f"{part}/" for part in parts)
+            entries += [ImageEntry(prefix + name, label, split, *found) for name, found in folder.files]
+        if not entries:
+            raise InputError(
+                f"no image in {self.root}; expected {self.root}/<class>/<image> with one of "
+                f"{', '.join(sorted(IMAGE_SUFFIXES))}"
+            )
+        return sorted(entries, key=attrgetter("key"))
+
+    def read_bytes(self, key: str) -> bytes:
+        try:
+            with open(os.path.join(self.root, key), "rb", buffering=0) as file:
+                if os.fstat(file.fileno()).st_size > MAX_IMAGE_BYTES:
+                    raise BadImageError(f"larger than {MAX_IMAGE_BYTES >> 20} MiB")
+                return file.read()
+        except OSError as error:
+            raise BadImageError(f"cannot be read: {os.strerror(error.errno or 0)}") from error
+
+
+class _Identity(NamedTuple):
+    """Of a folder, under whatever name."""
+
+    device: int
+    inode: int
+
+
+class _Folder(NamedTuple):
+    """What one folder holds."""
+
+    parts: tuple[str, ...]
+    """The names from the root to it."""
+    above: frozenset[_Identity]
+    """It and all folders that it lies in."""
+    subfolders: list[tuple[str, _Identity]]
+    files: list[tuple[str, tuple[int, int, int]]]
+    """Name of an image; its size in bytes, modification time in ns and inode."""
+
+
+def _walk(root: Path) -> Iterator[_Folder]:
+    """The root, then all folders below; several are listed at a time, since a network's file system answers slowly."""
+    with _can_be_listed(str(root)):
+        found = os.stat(root)
+    with ThreadPoolExecutor(_LIST_THREADS) as pool:
+        waiting = deque([pool.submit(_list_folder, root, (), frozenset({_Identity(found.st_dev, found.st_ino)}))])
+        while waiting:
+            folder = waiting.popleft().result()
+            yield folder
+            waiting.extend(
+                pool.submit(_list_folder, root, (*folder.parts, name), folder.above | {identity})
+                for name, identity in folder.subfolders
+                if identity not in folder.above  # a link to a folder that it lies in
+            )
+
+
+def _list_folder(root: Path, parts: tuple[str, ...], above: frozenset[_Identity]) -> _Folder:
+    """List one folder, with one system call a file. Raises InputError."""
+    folder = _Folder(parts, above, [], [])
+    path = os.path.join(root, *parts)
+    with _can_be_listed(path), os.scandir(path) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                found = entry.stat()
+                folder.subfolders.append((entry.name, _Identity(found.st_dev, found.st_ino)))
+            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+                try:
+                    found = entry.stat()
+                except OSError:  # a link to nowhere: an unusable image, counted with the others
+                    folder.files.append((entry.name, (0, 0, 0)))
+                    continue
+                if stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
+                    folder.files.append((entry.name, (found.st_size, found.st_mtime_ns, found.st_ino)))
+    return folder
+
+
+@contextlib.contextmanager
+def _can_be_listed(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"the folder {path} cannot be listed: {os.strerror(error.errno or 0)}; make it readable, or move it away"
+        ) from error
