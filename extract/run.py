@@ -20,7 +20,8 @@ from storage.image_index import ImageList, load_index
 from storage.lock import hold_lock
 from storage.records import ShardEntry, StorePlan
 from storage.stage import Progress, SilentProgress, stop_on_signals
-from storage.writer import committed_shards, create_store, finish_store, read_receipt, sweep
+from storage.receipts import committed_shards, read_receipt
+from storage.writer import create_store, finish_store, sweep
 
 
 def run(

@@ -44,7 +44,7 @@ def extract_shard(
         InputError: an image changed since it was listed.
         DiskError: no room.
     """
-    writer = ShardWriter(root, plan, index, images.keys)
+    writer = ShardWriter(root, plan, images, index)
     sampler, renderer = load_sampler(plan.sampler), Renderer(kernel=plan.renderer["kernel"])
     with ThreadPoolExecutor(1) as pool:
         shard_images = pool.map(

@@ -27,7 +27,8 @@ from storage.atomic import write_file
 from storage.errors import InputError
 from storage.image_index import ImageList, load_index, require_labels
 from storage.lock import hold_lock
-from storage.reader import FeatureReader, open_store
+from storage.reader import open_store
+from storage.store import FeatureReader
 from storage.stage import Progress, SilentProgress, StopRequest, stop_on_signals
 
 
@@ -92,7 +93,7 @@ def _check_images(store: FeatureReader, images: ImageList) -> None:
     """A store is used for its tokens only: labels come from the data, where they may be newer than the store."""
     if images.fingerprint != store.plan.images_fingerprint:
         raise InputError(
-            f"{store.root} holds tokens of other images (fingerprint {store.plan.images_fingerprint}) than "
+            f"{store.location} holds tokens of other images (fingerprint {store.plan.images_fingerprint}) than "
             f"{images.location} ({images.fingerprint}); run `make evaluate`, which lists the images anew"
         )
 

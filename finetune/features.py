@@ -12,7 +12,7 @@ from distill.prefetch import ImageCache
 from distill.student import DistillModel, normalise_images
 from storage.errors import BadImageError, InputError
 from storage.image_index import ImageList
-from storage.reader import FeatureReader
+from storage.store import FeatureReader
 from storage.stage import StopRequest
 from storage.views import Renderer
 

@@ -141,7 +141,7 @@ def verify(work: Path) -> None:
         for index, damage in iter_damage(store):
             shards += index != STORE
             for problem in damage:
-                console.print(f"{problem.path}: {problem.found}", soft_wrap=True)
+                console.print(f"{store / problem.name}: {problem.found}", soft_wrap=True)
             if damage:
                 num_damaged += 1
                 with hold_lock(store):  # an extraction at work there is about to write it

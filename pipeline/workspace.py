@@ -17,10 +17,9 @@ from pipeline.stages import Stage
 from storage.atomic import nearest_existing, read_json, remove_tree, write_json
 from storage.errors import ConfigError, DamagedError
 from storage.fingerprint import digest_file, short
-from storage.reader import load_manifest
 from storage.schema import Schema
 from storage.stage import StageResult
-from storage.writer import read_receipt
+from storage.verify import STORE, check_structure
 
 State = Literal["running", "interrupted", "failed"]
 
@@ -124,16 +123,12 @@ def find_damage(stage: Stage, folder: Path, result: StageResult) -> str:
 def _find_store_damage(folder: Path) -> str:
     if not (folder / "manifest.json").exists():
         return "the store's manifest is gone; only that is made again"
-    try:
-        manifest = load_manifest(folder)
-    except DamagedError:
-        return "the store's manifest is damaged; only that is made again"
-    for file in manifest.metadata:
-        path = folder / file.name
-        if not path.exists() or path.stat().st_size != file.num_bytes:
-            return f"the store's {file.name} is {'damaged' if path.exists() else 'gone'}; only that is made again"
-    lost = [shard.index for shard in manifest.shards if read_receipt(folder, shard.index) != shard]
-    found = f"{len(lost)} of {len(manifest.shards)} shards are damaged or gone"
+    structure = check_structure(folder)
+    for damage in structure.damage:
+        if damage.shard == STORE:
+            return f"the store's {damage.name} is {damage.found.split(':')[0]}; only that is made again"
+    lost = sorted({damage.shard for damage in structure.damage})
+    found = f"{len(lost)} of {len(lost) + len(structure.shards)} shards are damaged or gone"
     return f"{found} (first {lost[0]}); only that is made again" if lost else ""
 
 

@@ -6,6 +6,8 @@ atomic.py       the only place that publishes files: write, fsync, rename
 lock.py         one writer a folder
 fingerprint.py  content hashes
 stage.py        what every stage returns, and the progress contract
+encodings.py    how whitened tokens become bytes: fp16, int8, bit_round, zstd
+token_subset.py a random part of each view's tokens
 records.py      views, tokens, shards, the store's plan and manifest
 views.py        which crop of an image (samplers) and its pixels (render_view)
 image_source.py what a source of images is
@@ -17,10 +19,18 @@ resize.py       the antialiased resize behind render_view
 jpeg.py         rendered views as JPEG, for stores that keep them
 columns.py      keys, digests and other columns of a million rows in one sealed file
 image_list.py   images with labels and digests, in memory and on disk
-image_digests.py  digests of a data set's images, each taken once
+image_digests.pydigests of a data set's images, each taken once
 image_index.py  all images of a data set and their split: list, digest, divide
-zarr_format.py  the bytes of a sharded Zarr v3 array
+files.py        where a store's files are, on a disk or behind a URL
+shards.py       a shard in memory, and what every layout must be able to do with one
+zarr_format.py  the Zarr v3 layout: the bytes of its arrays
+tar_format.py   the WebDataset layout: a tar and an offset index a shard
+layouts.py      the layouts by name
+receipts.py     which shards exist
 writer.py       shards to a store: private attempt, fsync, publish, receipt
+store.py        what every store can be asked
 reader.py       a store to records and batches
+memory.py       a store in memory: the fake for tests, and the reference
 verify.py       is every byte what its receipt says?
+convert.py      a store to another layout or encoding
 """

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import crc32c as _crc32c
 from blake3 import blake3
 
 FINGERPRINT_CHARS = 32
@@ -24,7 +25,7 @@ def digest_parts(parts: Iterable[bytes]) -> str:
     return hasher.hexdigest()[:FINGERPRINT_CHARS]
 
 
-def digest_pieces(pieces: Iterable[bytes]) -> str:
+def digest_pieces(pieces: Iterable[bytes | memoryview]) -> str:
     """Digest of the pieces' concatenation: that of the file they are written to."""
     hasher = blake3()
     for piece in pieces:
@@ -47,3 +48,13 @@ def digest_file(path: Path) -> str:
 def short(fingerprint: str) -> str:
     """The few characters that people read and folders carry."""
     return fingerprint[:10]
+
+
+def crc32c(data: Any) -> int:
+    """Checksum of a buffer; other threads run meanwhile."""
+    return int(_crc32c.crc32c(data))
+
+
+def crc32c_bytes(data: Any) -> bytes:
+    """The checksum as the Zarr codec `crc32c` writes it behind the data."""
+    return crc32c(data).to_bytes(4, "little")

@@ -1,210 +1,230 @@
-"""Reading a store: whole records straight into the caller's buffer.
+"""Reading a store: whole records straight into the caller's buffers.
 
-Each shard's index is parsed once; a record is then one `pread`, checked against its crc32c. No memory map: cold random
-reads through one are five times slower.
+Each shard's index is parsed once; a record is then one `preadv`, checked against the receipt's crc32c when `check` says
+so. Both layouts and remote stores take this path. A reader may be used from many threads, and travels to other
+processes; it opens nothing before its first read.
 """
 
-import contextlib
-import os
 import threading
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from storage import zarr_format
 from storage.errors import DamagedError, InputError
-from storage.image_index import ImageList
-from storage.records import FeatureRecord, ImageKey, StoreManifest, refuse_newer
-from storage.views import View
-from storage.zarr_format import CRC_BYTES
+from storage.files import REMEDY, Files, Piece, open_files
+from storage.fingerprint import crc32c, digest_bytes
+from storage.image_index import FILE_NAME as IMAGES_FILE
+from storage.image_list import ImageList
+from storage.layouts import LAYOUTS
+from storage.receipts import parse_receipt, receipt_name
+from storage.records import StoreManifest, StorePlan, refuse_other
+from storage.shards import OpenShard, SmallFiles, Spans, check_crc32c, small_dtypes
+from storage.store import FeatureReader
+
+Check = Literal["once", "always", "never"]
+"""Which reads compare a record with its checksum: the first of each record, every one, or none."""
 
 
-class _Shard(NamedTuple):
-    path: Path
-    offsets_R: NDArray[np.int64]
-    views_RF: NDArray[np.int32]
+def open_store(root: Path | str, *, check: Check = "once", allow_unfinished: bool = False) -> FeatureReader:
+    """Open a store by its path or URL; its manifest tells everything else.
 
-
-def open_store(root: Path) -> "FeatureReader":
-    """Open a finished store; its manifest tells everything else.
+    Args:
+        check: what a damaged record costs to find. A check takes a third of a read; `once` makes the first epoch pay.
+        allow_unfinished: take a store whose extraction has not ended; the images of missing shards are unusable.
 
     Raises:
-        InputError: no store there, an unfinished one, or one of a newer format.
+        InputError: no store there, an unfinished one, or one of another format.
         DamagedError: the manifest cannot be read.
     """
-    return FeatureReader(root, load_manifest(root))
+    files = open_files(root)
+    return FileReader(files, load_manifest(files, allow_unfinished=allow_unfinished), check)
 
 
-def load_manifest(root: Path) -> StoreManifest:
+def load_manifest(files: Files, *, allow_unfinished: bool = False) -> StoreManifest:
     """Read what `open_store` needs to know; it raises the same."""
-    path = root / "manifest.json"
-    if not path.exists():
-        state = (
-            "an unfinished store: run `make extract` to complete it" if (root / "plan.json").exists() else "no store"
+    path = Path(files.location) / "manifest.json"
+    if files.exists("manifest.json"):
+        text = files.read("manifest.json")
+        refuse_other(path, text)
+        return StoreManifest.from_file(path, text)
+    if not files.exists("plan.json"):
+        raise InputError(f"{files.location} holds no store (no manifest.json)")
+    if not allow_unfinished:
+        raise InputError(
+            f"{files.location} holds an unfinished store (no manifest.json): run `make extract` to complete it, or "
+            "open it with allow_unfinished=True"
         )
-        raise InputError(f"{root} holds {state} (no manifest.json)")
-    text = path.read_bytes()
-    refuse_newer(path, text)
-    return StoreManifest.from_file(path, text)
+    text = files.read("plan.json")
+    refuse_other(path.with_name("plan.json"), text)
+    return _manifest_so_far(files, StorePlan.from_file(path.with_name("plan.json"), text))
 
 
-@contextlib.contextmanager
-def _missing_is_damage(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise DamagedError(f"{path} is missing; run `make verify`, then `make extract`") from error
+def _manifest_so_far(files: Files, plan: StorePlan) -> StoreManifest:
+    """A manifest of the shards that are there."""
+    found = set(files.names("receipts"))
+    texts = [
+        files.read(receipt_name(index)) if Path(receipt_name(index)).name in found else b""
+        for index in range(plan.num_shards)
+    ]
+    entries = [parse_receipt(files, index, text) for index, text in enumerate(texts) if text]
+    return StoreManifest(
+        plan=plan,
+        metadata=(),
+        receipts=tuple(digest_bytes(text) if text else "" for text in texts),
+        num_records=sum(entry.num_records for entry in entries),
+        num_bytes=sum(entry.num_bytes for entry in entries),
+        bad_images=tuple(bad for entry in entries for bad in entry.bad_images),
+    )
 
 
-class FeatureReader:
-    """Random and sequential access to a finished store. Safe to use from several threads."""
+class FileReader(FeatureReader):
+    """A store in files, in any layout."""
 
-    def __init__(self, root: Path, manifest: StoreManifest) -> None:
-        self.root, self.manifest = root, manifest
-        self.plan = manifest.plan
-        self._shards: dict[int, _Shard] = {}
+    def __init__(self, files: Files, manifest: StoreManifest, check: Check = "once") -> None:
+        super().__init__(files.location, manifest)
+        self.files, self.check = files, check
+        self._small_files = SmallFiles(files)
+        self._shards: dict[int, OpenShard] = {}
+        self._is_checked = np.zeros(self.plan.num_records if check == "once" else 0, np.bool_)
         self._lock = threading.Lock()
 
-    @cached_property
-    def images(self) -> ImageList:
-        """Ordered keys, labels and digests of the images in the store."""
-        path = self.root / "images.json"
-        with _missing_is_damage(path):
-            images = ImageList.from_file(path, path.read_bytes())
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FileReader, (self.files, self.manifest, self.check)
+
+    def load_images(self) -> ImageList:
+        path = Path(self.location) / IMAGES_FILE
+        images = ImageList.from_file(path, self.files.read(IMAGES_FILE))
         if images.fingerprint != self.plan.images_fingerprint:
-            raise DamagedError(f"{path} is not the image list of this store; run `make verify`, then `make extract`")
+            raise DamagedError(f"{path} is not the image list of this store; {REMEDY}")
         return images
 
-    @cached_property
-    def _positions(self) -> dict[str, int]:
-        return {key: position for position, key in enumerate(self.images.keys)}
+    def read_encoded(self, records_B: NDArray[np.int64], out: Mapping[str, NDArray[Any]]) -> None:
+        for name, field in self.plan.fields.items():
+            found = out[name]
+            if found.dtype != field.dtype or found.shape != (len(records_B), *field.shape):
+                raise AssertionError(f"buffer {name} {found.dtype} {found.shape} for {len(records_B)} of {field}")
+        shards_B, slots_B = self.locate(records_B)
+        for shard in np.unique(shards_B).tolist():
+            rows = np.flatnonzero(shards_B == shard)
+            slots = slots_B[rows]
+            opened = self._shard(shard)
+            self._read_tokens(opened.tokens, records_B, rows, slots, out["tokens"])
+            for name in out.keys() & small_dtypes(self.plan).keys():
+                out[name][rows] = opened.rows(name, slots)
 
-    def record_number(self, key: str, view_index: int) -> int:
-        """Position of a record in the arrays.
-
-        Raises:
-            KeyError: the store has no such image or view.
-        """
-        if not 0 <= view_index < self.plan.views_per_image:
-            raise KeyError(f"view {view_index} of {key!r}: the store has {self.plan.views_per_image} views an image")
-        return self._positions[key] * self.plan.views_per_image + view_index
-
-    def usable_images(self) -> NDArray[np.int64]:
-        """Positions of the images that have tokens, in store order."""
-        bad = {bad.key for bad in self.manifest.bad_images}
-        return np.array([p for p, key in enumerate(self.images.keys) if key not in bad], np.int64)
-
-    def read_batch(self, records_B: NDArray[np.int64], out_BTC: NDArray[np.float16]) -> None:
-        """Read whitened tokens into a C-contiguous (B, T, C) buffer.
-
-        Raises:
-            DamagedError: a record is a hole or does not match its checksum.
-            IndexError: the store has no such record.
-        """
-        record_bytes = self.plan.features.record_bytes
-        if out_BTC.dtype != np.float16 or out_BTC.shape != (len(records_B), *self.plan.features.shape_TC):
-            raise AssertionError(f"buffer {out_BTC.dtype} {out_BTC.shape} for {len(records_B)} of {self.plan.features}")
-        shards_B, slots_B = self._locate(records_B)
-        for shard_number in np.unique(shards_B):
-            shard = self._shard(int(shard_number))
-            with _missing_is_damage(shard.path):
-                descriptor = os.open(shard.path, os.O_RDONLY)
-            try:
-                for position in np.flatnonzero(shards_B == shard_number):
-                    offset = int(shard.offsets_R[slots_B[position]])
-                    if offset < 0:
-                        raise self._hole(records_B[position])
-                    crc = bytearray(CRC_BYTES)
-                    target = memoryview(out_BTC[position]).cast("B")
-                    got = os.preadv(descriptor, [target, crc], offset)
-                    if got != record_bytes + CRC_BYTES or zarr_format.crc32c(target) != crc:
-                        raise DamagedError(
-                            f"record {records_B[position]} in {shard.path} does not match its checksum; "
-                            "run `make verify` to find all damage, then `make extract` to repair it"
-                        )
-            finally:
-                os.close(descriptor)
-
-    def views(self, records_B: NDArray[np.int64]) -> list[View]:
-        """The views that belong to records; the same errors as `read_batch`."""
-        views = []
-        for record, shard, slot in zip(records_B, *self._locate(records_B), strict=True):
-            top, left, height, width, flip = self._shard(int(shard)).views_RF[slot].tolist()
-            if height == 0:
-                raise self._hole(record)
-            views.append(View(top=top, left=left, height=height, width=width, flip=bool(flip)))
-        return views
-
-    def statistics(self, shard: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Mean and standard deviation of every token before whitening, each (records, T)."""
-        shape = (self.plan.records_per_shard, self.plan.features.num_tokens)
-        mean, std = (self._small(array, shard, "<f4", shape) for array in ("token_mean", "token_std"))
-        return mean, std
-
-    def token_statistics(self, records_B: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Mean and standard deviation, before whitening, of the tokens of some records, each (B, T)."""
-        shards_B, slots_B = self._locate(records_B)
-        loaded = {int(shard): self.statistics(int(shard)) for shard in np.unique(shards_B)}
-        pairs = [[part[slot] for part in loaded[int(shard)]] for shard, slot in zip(shards_B, slots_B, strict=True)]
-        mean_BT, std_BT = (np.stack(part) for part in zip(*pairs, strict=True))
-        return mean_BT, std_BT
-
-    def read(self, key: ImageKey, view_index: int) -> FeatureRecord:
-        """One record by name."""
-        number = np.array([self.record_number(key, view_index)])
-        shard, slot = divmod(int(number[0]), self.plan.records_per_shard)
-        tokens_BTC = np.empty((1, *self.plan.features.shape_TC), np.float16)
-        self.read_batch(number, tokens_BTC)
-        mean, std = self.statistics(shard)
-        return FeatureRecord(key, view_index, self.views(number)[0], tokens_BTC[0], mean[slot], std[slot])
-
-    def iter_shard(self, index: int, *, skip: int = 0) -> Iterator[FeatureRecord]:
-        """The records of one shard in order, without holes; `skip` leaves out the first ones."""
-        bad = {bad.key for bad in self.manifest.shards[index].bad_images}
-        names = (
-            (ImageKey(self.images.keys[position]), view)
-            for position in self.plan.images_of_shard(index)
-            if self.images.keys[position] not in bad
-            for view in range(self.plan.views_per_image)
+    def _read_tokens(
+        self, spans: Spans, records_B: NDArray[np.int64], rows: NDArray[np.int64], slots: NDArray[np.int64],
+        out: NDArray[Any],
+    ) -> None:  # fmt: skip
+        offsets, lengths = spans.offsets_R[slots].tolist(), spans.lengths_R[slots].tolist()
+        if min(offsets) < 0:
+            raise self.hole(records_B[rows[offsets.index(min(offsets))]])
+        flat, size = out.data.cast("B"), out[0].nbytes
+        places = [flat[row * size : (row + 1) * size] for row in rows.tolist()]
+        compressor = self.plan.encoding.compressor()
+        buffers: list[Any] = places if compressor is None else [bytearray(length) for length in lengths]
+        name = spans.name
+        self.files.read_pieces(
+            [Piece(name, *piece) for piece in zip(offsets, [[buffer] for buffer in buffers], lengths, strict=True)]
         )
-        for number, (key, view) in enumerate(names):
-            if number >= skip:
-                yield self.read(key, view)
+        if self.check != "never":
+            self._check(spans, records_B[rows], slots, buffers)
+        if compressor is not None:
+            for buffer, place in zip(buffers, places, strict=True):
+                _decompress(compressor, buffer, place, f"{self.location}/{name}")
 
-    def _locate(self, records_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Shard and slot of records."""
-        if np.any((records_B < 0) | (records_B >= self.plan.num_records)):
-            raise IndexError(f"records {records_B} of {self.root}, which has {self.plan.num_records}")
-        shards_B, slots_B = np.divmod(records_B, self.plan.records_per_shard)
-        return shards_B, slots_B
+    def _check(
+        self, spans: Spans, records: NDArray[np.int64], slots: NDArray[np.int64], buffers: list[memoryview | bytearray]
+    ) -> None:
+        """Compare what was read with the checksums of the receipt."""
+        if self.check == "once" and self._is_checked[records].all():
+            return
+        expected = spans.crc32c_R[slots].tolist()
+        for record, checksum, buffer in zip(records.tolist(), expected, buffers, strict=True):
+            if crc32c(buffer) != checksum:
+                raise DamagedError(f"record {record} in {self.location}/{spans.name} is damaged; {REMEDY}")
+        if self.check == "once":
+            self._is_checked[records] = True
 
-    def _hole(self, record: np.int64) -> DamagedError:
-        return DamagedError(f"record {record} of {self.root} is a hole: its image was unusable")
+    def read_jpegs(self, records_B: NDArray[np.int64]) -> list[bytes]:
+        if self.plan.stored_views is None:
+            raise InputError(f"{self.location} keeps no rendered views; render them from the images")
+        found: dict[int, bytes] = {}
+        shards_B, slots_B = self.locate(records_B)
+        for shard in np.unique(shards_B).tolist():
+            rows = np.flatnonzero(shards_B == shard)
+            spans = self._shard(shard).jpegs
+            offsets, lengths, checksums = (part[slots_B[rows]].tolist() for part in spans[1:])
+            if min(offsets) < 0:
+                raise self.hole(records_B[rows[offsets.index(min(offsets))]])
+            buffers = [bytearray(length) for length in lengths]
+            self.files.read_pieces(
+                [Piece(spans.name, o, [b], n) for o, b, n in zip(offsets, buffers, lengths, strict=True)]
+            )
+            for row, buffer, checksum in zip(rows.tolist(), buffers, checksums, strict=True):
+                check_crc32c(buffer, checksum, f"the view of record {records_B[row]} in {self.location}/{spans.name}")
+                found[row] = bytes(buffer)
+        return [found[row] for row in range(len(records_B))]
 
-    def _shard(self, index: int) -> _Shard:
+    def rows(self, name: str, records_B: NDArray[np.int64]) -> NDArray[Any]:
+        shards_B, slots_B = self.locate(records_B)
+        parts = {shard: self._shard(shard).rows(name, slots_B[shards_B == shard]) for shard in set(shards_B.tolist())}
+        first = next(iter(parts.values()))
+        out = np.empty((len(records_B), *first.shape[1:]), first.dtype)
+        for shard, rows in parts.items():
+            out[shards_B == shard] = rows
+        return out
+
+    def hint(self, records_B: NDArray[np.int64]) -> None:
+        shards_B, slots_B = self.locate(records_B)
+        spans = []
+        for shard in np.unique(shards_B).tolist():
+            tokens, slots = self._shard(shard).tokens, np.sort(slots_B[shards_B == shard])
+            spans += _joined(tokens.name, tokens.offsets_R[slots].tolist(), tokens.lengths_R[slots].tolist())
+        self.files.hint(spans)
+
+    def _shard(self, index: int) -> OpenShard:
         shard = self._shards.get(index)
         if shard is None:
             with self._lock:
-                shard = self._shards.setdefault(index, self._load_shard(index))
+                shard = self._shards.get(index) or self._shards.setdefault(index, self._open_shard(index))
         return shard
 
-    def _load_shard(self, index: int) -> _Shard:
-        path = self.root / zarr_format.token_shard_name(index)
-        capacity = self.plan.records_per_shard
-        tail_bytes = zarr_format.index_bytes(capacity)
-        with _missing_is_damage(path), open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - tail_bytes))
-            tail = file.read()
-        offsets = zarr_format.decode_shard_index(path, tail, capacity, self.plan.features.record_bytes)
-        views = self._small("views", index, "<i4", (capacity, len(zarr_format.VIEW_FIELDS)))
-        return _Shard(path, offsets, views)
+    def _open_shard(self, index: int) -> OpenShard:
+        expected = self.manifest.receipts[index]
+        if not expected:
+            raise InputError(f"shard {index} of {self.location} is not extracted yet; run `make extract`")
+        data = self.files.read(receipt_name(index))
+        if digest_bytes(data) != expected:
+            raise DamagedError(f"{self.location}/{receipt_name(index)} is not the committed receipt; {REMEDY}")
+        entry = parse_receipt(self.files, index, data)
+        if len(entry.crc32c_R) != self.plan.records_per_shard:
+            raise DamagedError(f"{self.location}/{receipt_name(index)} has too few checksums; {REMEDY}")
+        return LAYOUTS[self.plan.backend].open_shard(self.plan, entry, self._small_files)
 
-    def _small(self, array: str, shard: int, dtype: str, shape: tuple[int, int]) -> NDArray[Any]:
-        path = self.root / zarr_format.chunk_name(array, shard)
-        with _missing_is_damage(path):
-            data = path.read_bytes()
-        return zarr_format.decode_chunk(path, data, dtype, shape)
+
+def _decompress(compressor: Any, data: bytearray, place: memoryview, where: str) -> None:
+    """Decompress one record into its place."""
+    try:
+        decoded = compressor.decode(bytes(data))
+    except (RuntimeError, ValueError) as error:
+        raise DamagedError(f"a record in {where} cannot be decompressed ({error}); {REMEDY}") from error
+    if len(decoded) != len(place):
+        raise DamagedError(f"a record in {where} has {len(decoded)} bytes, expected {len(place)}; {REMEDY}")
+    place[:] = decoded
+
+
+def _joined(name: str, offsets: list[int], lengths: list[int]) -> list[tuple[str, int, int]]:
+    """Neighbouring records as one span; holes are left out."""
+    spans: list[tuple[str, int, int]] = []
+    for offset, length in zip(offsets, lengths, strict=True):
+        if offset < 0:
+            continue
+        if spans and 0 <= offset - (spans[-1][1] + spans[-1][2]) < 4096:  # a checksum, or headers, lie between
+            spans[-1] = name, spans[-1][1], offset + length - spans[-1][1]
+        else:
+            spans.append((name, offset, length))
+    return spans

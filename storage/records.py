@@ -12,13 +12,18 @@ from typing import Any, Literal, NamedTuple, NewType, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.encodings import AnyEncoding, Field, Fp16
 from storage.errors import InputError
 from storage.fingerprint import digest_json, digest_pieces
 from storage.schema import Schema, Sealed, unsealed
+from storage.token_subset import TokenSubset
 from storage.views import View
 
-FORMAT_VERSION = 1
-"""Of the store's layout on disk; a reader refuses a newer one."""
+FORMAT_VERSION = 2
+"""Of the store's layout on disk, see docs/format.md; a reader refuses a newer one. Format 1 was never released."""
+
+Backend = Literal["zarr", "wds", "memory"]
+"""Layouts: sharded Zarr arrays, WebDataset tars, and arrays in memory."""
 
 ImageKey = NewType("ImageKey", str)
 """Names an image inside its data set; never an index."""
@@ -43,12 +48,13 @@ class FeatureSpec(Schema):
 
     @property
     def record_bytes(self) -> int:
-        """Bytes of one view's tokens as fp16."""
+        """Bytes of all tokens of one view as fp16."""
         return 2 * self.num_tokens * self.channels
 
 
 class FeatureRecord(NamedTuple):
-    """The whitened tokens of one view; `tokens_TC * std + mean` are the teacher's own."""
+    """The whitened tokens of one view; `tokens_TC * std + mean` are the teacher's own. T counts the tokens that the
+    store keeps: all of them, or those of its `TokenSubset`."""
 
     key: ImageKey
     view_index: int
@@ -56,6 +62,19 @@ class FeatureRecord(NamedTuple):
     tokens_TC: NDArray[np.float16]
     token_mean_T: NDArray[np.float32]
     token_std_T: NDArray[np.float32]
+    jpeg: bytes | None = None
+    """The rendered view as the teacher saw it, where the store keeps it."""
+
+
+class StoredViews(Schema):
+    """How a store keeps the rendered views."""
+
+    px: int
+    """Side, the teacher's input size."""
+    codec: dict[str, Any]
+    """What encoded them: settings, library and version."""
+    seen_by_teacher: bool = True
+    """The teacher looked at the decoded JPEGs themselves; False where they were added later."""
 
 
 class BadImage(Schema):
@@ -74,7 +93,7 @@ class FileEntry(Schema):
     digest: str
 
     @classmethod
-    def describe(cls, name: str, pieces: Sequence[bytes]) -> Self:
+    def describe(cls, name: str, pieces: Sequence[bytes | memoryview]) -> Self:
         """The entry of a file that holds these pieces."""
         return cls(name=name, num_bytes=sum(map(len, pieces)), digest=digest_pieces(pieces))
 
@@ -87,7 +106,18 @@ class ShardEntry(Sealed):
     num_records: int
     """Records that hold tokens; holes are not counted."""
     files: tuple[FileEntry, ...]
+    record_crc32c: str
+    """Of each record's stored tokens, 8 hex digits (little-endian) a record, zeros for a hole: what a read is checked
+    against, so that a shard file which is whole but belongs elsewhere is noticed."""
     bad_images: tuple[BadImage, ...] = ()
+
+    @property
+    def crc32c_R(self) -> NDArray[np.uint32]:
+        return np.frombuffer(bytes.fromhex(self.record_crc32c), "<u4")
+
+    def file(self, name: str) -> FileEntry:
+        """The entry of one of its files, by its path in the store."""
+        return next(file for file in self.files if file.name == name)
 
     @property
     def num_bytes(self) -> int:
@@ -98,14 +128,20 @@ class StorePlan(Sealed):
     """Everything that decides the content of a store, known before any work and never edited."""
 
     format_version: int = FORMAT_VERSION
-    backend: Literal["zarr"] = "zarr"
+    backend: Backend = "zarr"
     features: FeatureSpec
     whitening: dict[str, Any]
-    codec: dict[str, Any] = {"name": "fp16"}
+    encoding: AnyEncoding = Fp16()
+    token_subset: TokenSubset | None = None
+    """None keeps all tokens."""
+    stored_views: StoredViews | None = None
+    """None keeps none: students render them from the images."""
     sampler: dict[str, Any]
     renderer: dict[str, Any]
     images_fingerprint: str
     """Over the ordered keys and the bytes of the images."""
+    labels_fingerprint: str = ""
+    """Over the labels, in layouts that store them beside the tokens; labels decide nothing else in a store."""
     teacher_fingerprint: str
     """Over the weights' tensors."""
     teacher: dict[str, Any]
@@ -113,6 +149,27 @@ class StorePlan(Sealed):
     num_images: int
     views_per_image: int
     images_per_shard: int
+
+    @property
+    def num_kept_tokens(self) -> int:
+        """Tokens stored of each view."""
+        tokens = self.features.num_tokens
+        return tokens if self.token_subset is None else self.token_subset.num_kept(tokens)
+
+    @property
+    def shape_TC(self) -> tuple[int, int]:
+        """Of one record's tokens."""
+        return self.num_kept_tokens, self.features.channels
+
+    @property
+    def fields(self) -> dict[str, Field]:
+        """The encoded arrays of one record."""
+        return self.encoding.fields(self.shape_TC)
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one record's tokens and their scales before any compression."""
+        return sum(field.num_bytes for field in self.fields.values())
 
     @property
     def num_records(self) -> int:
@@ -149,33 +206,34 @@ def _differences(name: str, found: Any, wanted: Any) -> Iterator[str]:
 
 
 class StoreManifest(Sealed):
-    """Written last: a folder without it is not a store yet."""
+    """Written last: a folder without it is not a store yet. Small, so that a store of 10,000 shards opens at once."""
 
     plan: StorePlan
     metadata: tuple[FileEntry, ...]
     """The files that belong to no shard."""
-    shards: tuple[ShardEntry, ...]
+    receipts: tuple[str, ...]
+    """Digest of each shard's receipt; empty for a shard that an unfinished store does not have yet."""
+    num_records: int
+    num_bytes: int
+    bad_images: tuple[BadImage, ...] = ()
 
     @property
     def fingerprint(self) -> str:
         return self.plan.fingerprint
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(shard.num_bytes for shard in self.shards)
 
-    @property
-    def bad_images(self) -> tuple[BadImage, ...]:
-        return tuple(bad for shard in self.shards for bad in shard.bad_images)
-
-
-def refuse_newer(path: Path, text: bytes) -> None:
-    """Refuse a plan or manifest that a newer program wrote; what is damaged is left to `from_file`.
+def refuse_other(path: Path, text: bytes) -> None:
+    """Refuse a plan or manifest of another format; what is damaged is left to `from_file`.
 
     Raises:
         InputError: says both versions.
     """
     value = json.loads(unsealed(text) or b"{}")
-    version = value.get("plan", value).get("format_version", 0)
+    version = value.get("plan", value).get("format_version", FORMAT_VERSION)
     if version > FORMAT_VERSION:
         raise InputError(f"{path} has store format {version}, this program reads up to {FORMAT_VERSION}; update it")
+    if version < FORMAT_VERSION:
+        raise InputError(
+            f"{path} has store format {version}, from before the first release; this program reads {FORMAT_VERSION}: "
+            "extract it again"
+        )

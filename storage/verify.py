@@ -1,94 +1,182 @@
-"""Is every byte of a store what was committed?"""
+"""Is a store what was committed? Its structure in seconds, its bytes fully or by sample. Nothing is changed here."""
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from storage.errors import DamagedError, InputError
-from storage.fingerprint import digest_file
-from storage.image_index import ImageList
+from storage.files import Files, open_files
+from storage.fingerprint import digest_bytes
+from storage.image_index import FILE_NAME as IMAGES_FILE
+from storage.image_list import ImageList
+from storage.layouts import LAYOUTS
 from storage.reader import load_manifest
-from storage.records import FileEntry, ShardEntry, StoreManifest, StorePlan
-from storage.writer import load_plan, receipt_path
+from storage.receipts import parse_receipt, receipt_name, receipt_path
+from storage.records import FileEntry, ShardEntry, StoreManifest, StorePlan, refuse_other
+from storage.shards import SmallFiles
 
 STORE = -1
-"""Stands for the shard of what belongs to no shard: plan, image list, manifest, Zarr metadata."""
+"""Stands for the shard of what belongs to no shard: plan, image list, manifest, metadata."""
 
 
 class Damage(NamedTuple):
     """A file that is not what was committed."""
 
     shard: int
-    path: Path
+    name: str
+    """Path in the store."""
     found: str
+    """The kind of damage, in words: missing, emptied, cut short, too long, changed, swapped, damaged."""
 
 
-def iter_damage(root: Path) -> Iterator[tuple[int, list[Damage]]]:
-    """Check sizes and digests of all files. Yields each shard with what is wrong in it; before them, as shard `STORE`,
-    what is wrong with the store's other files, if anything is.
+class Structure(NamedTuple):
+    """What a store is made of, as far as can be told without reading its data."""
+
+    files: Files
+    plan: StorePlan | None
+    metadata: tuple[FileEntry, ...]
+    shards: dict[int, ShardEntry]
+    """Those whose receipts, indexes and file sizes are right."""
+    damage: list[Damage]
+
+
+def check_structure(root: Path | str) -> Structure:
+    """Manifest, plan, image list, receipts, shard indexes, and the presence and size of every file.
 
     Raises:
-        InputError: no store there, or one of a newer format.
+        InputError: no store there, or one of another format.
     """
-    if not any((root / name).exists() for name in ("plan.json", "manifest.json")):
+    files = open_files(root)
+    if not any(files.exists(name) for name in ("plan.json", "manifest.json")):
         raise InputError(f"{root} holds no store (no plan.json)")
-    plan, manifest, damage = _check_metadata(root)
-    if damage:
-        yield STORE, damage
-    if plan is not None:
-        for index in range(plan.num_shards):
-            yield index, _check_shard(root, index, manifest)
+    plan, manifest, damage = _check_metadata(files)
+    shards: dict[int, ShardEntry] = {}
+    for index in range(plan.num_shards if plan else 0):
+        assert plan is not None
+        found = _check_shard(files, plan, index, manifest)
+        if isinstance(found, ShardEntry):
+            shards[index] = found
+        else:
+            damage += found
+    return Structure(files, plan, manifest.metadata if manifest else (), shards, damage)
 
 
-def _check_metadata(root: Path) -> tuple[StorePlan | None, StoreManifest | None, list[Damage]]:
+def iter_data_damage(structure: Structure, shards: Iterable[int]) -> Iterator[tuple[int, list[Damage]]]:
+    """Compare every byte of the metadata (as shard `STORE`) and of some shards with their digests."""
+    files = structure.files
+    known = {damage.name for damage in structure.damage if damage.shard == STORE}
+    whole = [file for file in structure.metadata if file.name not in known]
+    yield STORE, [damage for file in whole for damage in _compare(files, STORE, file)]
+    digests = {file.digest: index for index, entry in structure.shards.items() for file in entry.files}
+    for index in shards:
+        if index in structure.shards:
+            entry = structure.shards[index]
+            yield index, [damage for file in entry.files for damage in _compare(files, index, file, digests)]
+
+
+def sample_shards(shards: Iterable[int], fraction: float, seed: int) -> list[int]:
+    """A random part of the shards, at least one of them unless `fraction` is 0; in order."""
+    every = sorted(shards)
+    count = min(len(every), -int(-fraction * len(every) // 1))
+    return sorted(random.Random(seed).sample(every, count))
+
+
+def iter_damage(root: Path | str) -> Iterator[tuple[int, list[Damage]]]:
+    """All damage of a store, shard by shard, as shard `STORE` for what belongs to none. Reads everything.
+
+    Raises:
+        InputError: no store there, or one of another format.
+    """
+    structure = check_structure(root)
+    by_shard: dict[int, list[Damage]] = {STORE: []}
+    for damage in structure.damage:
+        by_shard.setdefault(damage.shard, []).append(damage)
+    for index, found in iter_data_damage(structure, structure.shards):
+        by_shard.setdefault(index, []).extend(found)
+    for index in sorted(by_shard):
+        if index != STORE or by_shard[index]:
+            yield index, by_shard[index]
+
+
+def _check_metadata(files: Files) -> tuple[StorePlan | None, StoreManifest | None, list[Damage]]:
     """The plan, from wherever it can be read; the manifest of a finished store; what is damaged."""
     plan = manifest = None
     found: dict[str, str] = {}
     try:
-        plan = load_plan(root)
-    except (FileNotFoundError, DamagedError) as error:
-        found["plan.json"] = _reason(error)
-    try:
-        ImageList.from_file(root / "images.json", (root / "images.json").read_bytes())
-    except (FileNotFoundError, DamagedError) as error:
-        found["images.json"] = _reason(error)
-    if (root / "manifest.json").exists():
-        try:
-            manifest = load_manifest(root)
-            plan = plan or manifest.plan
-            found |= {file.name: problem for file in manifest.metadata if (problem := _compare(root, file))}
-        except DamagedError as error:
-            found["manifest.json"] = _reason(error)
-    return plan, manifest, [Damage(STORE, root / name, problem) for name, problem in found.items()]
-
-
-def _reason(error: FileNotFoundError | DamagedError) -> str:
-    return "missing" if isinstance(error, FileNotFoundError) else "does not match its own digest"
-
-
-def _check_shard(root: Path, index: int, manifest: StoreManifest | None) -> list[Damage]:
-    path = receipt_path(root, index)
-    try:
-        entry = ShardEntry.from_file(path, path.read_bytes())
-    except FileNotFoundError:
-        return [Damage(index, path, "missing: not extracted yet, or discarded")]
+        text = files.read("plan.json")
+        refuse_other(Path(files.location) / "plan.json", text)
+        plan = StorePlan.from_file(Path(files.location) / "plan.json", text)
     except DamagedError as error:
-        return [Damage(index, path, _reason(error))]
-    if entry.index != index or (manifest is not None and manifest.shards[index] != entry):
-        return [Damage(index, path, "not the receipt that belongs here")]
-    return [Damage(index, root / file.name, found) for file in entry.files if (found := _compare(root, file))]
+        found["plan.json"] = _reason(files, "plan.json", error)
+    try:
+        ImageList.from_file(Path(files.location) / IMAGES_FILE, files.read(IMAGES_FILE))
+    except DamagedError as error:
+        found[IMAGES_FILE] = _reason(files, IMAGES_FILE, error)
+    if files.exists("manifest.json"):
+        try:
+            manifest = load_manifest(files)
+            plan = plan or manifest.plan
+            found |= {file.name: wrong for file in manifest.metadata if (wrong := _wrong_size(files, file))}
+        except DamagedError as error:
+            found["manifest.json"] = _reason(files, "manifest.json", error)
+    if plan is None:
+        plan = next(filter(None, (layout.find_plan(files) for layout in LAYOUTS.values())), None)
+    return plan, manifest, [Damage(STORE, name, problem) for name, problem in found.items()]
 
 
-def _compare(root: Path, file: FileEntry) -> str:
-    """What is wrong with a file; empty for nothing."""
-    path = root / file.name
-    if not path.exists():
+def _reason(files: Files, name: str, error: DamagedError) -> str:
+    return f"damaged: {error}" if files.exists(name) else "missing"
+
+
+def _check_shard(
+    files: Files, plan: StorePlan, index: int, manifest: StoreManifest | None
+) -> ShardEntry | list[Damage]:
+    name = receipt_name(index)
+    if not files.exists(name):
+        return [Damage(index, name, "missing: not extracted yet, or discarded")]
+    try:
+        data = files.read(name)
+        entry = parse_receipt(files, index, data)
+    except DamagedError as error:
+        return [Damage(index, name, f"damaged: {error}")]
+    if manifest is not None and manifest.receipts[index] != digest_bytes(data):
+        return [Damage(index, name, "swapped: not the receipt that the manifest names")]
+    damage = [Damage(index, file.name, wrong) for file in entry.files if (wrong := _wrong_size(files, file))]
+    if not damage:
+        try:
+            LAYOUTS[plan.backend].open_shard(plan, entry, SmallFiles(files))
+        except DamagedError as error:
+            damage = [Damage(index, entry.files[0].name, f"damaged: {error}")]
+    return damage or entry
+
+
+def _wrong_size(files: Files, file: FileEntry) -> str:
+    """What is wrong with a file's presence and length; empty for nothing."""
+    size = files.size(file.name)
+    if size is None:
         return "missing"
-    size = path.stat().st_size
-    if size != file.num_bytes:
-        return f"{size:,} bytes, committed {file.num_bytes:,}"
-    digest = digest_file(path)
-    return "" if digest == file.digest else f"digest {digest}, committed {file.digest}"
+    if size == file.num_bytes:
+        return ""
+    kind = "emptied" if size == 0 else "cut short" if size < file.num_bytes else "too long"
+    return f"{kind}: {size:,} bytes, committed {file.num_bytes:,}"
+
+
+def _compare(files: Files, shard: int, file: FileEntry, others: dict[str, int] | None = None) -> list[Damage]:
+    """What is wrong with the bytes of a file.
+
+    Args:
+        others: digests of all files, and the shards that they belong to.
+    """
+    wrong = _wrong_size(files, file)
+    if not wrong:
+        digest = files.digest(file.name)
+        if digest == file.digest:
+            return []
+        owner = (others or {}).get(digest, shard)
+        changed = f"changed: digest {digest}, committed {file.digest}"
+        wrong = changed if owner == shard else f"swapped: holds the bytes of shard {owner}"
+    return [Damage(shard, file.name, wrong)]
 
 
 def discard_shard(root: Path, index: int) -> None:

@@ -2,7 +2,7 @@
 
 plan.json          frozen; two plans never share a folder
 images.json        ordered keys, labels, digests
-zarr.json, tokens/ token_mean/ token_std/ views/
+zarr.json, tokens/ ... or dataset.json, shards/: see zarr_format.py and tar_format.py
 receipts/00017.json
 attempts/          private; swept when extraction starts
 manifest.json      last
@@ -10,26 +10,31 @@ manifest.json      last
 
 import shutil
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from storage import zarr_format
-from storage.atomic import (
-    create_file,
-    disk_errors,
-    make_folder,
-    publish,
-    remove_tree,
-    write_file,
-    write_private,
-)
+from storage.atomic import create_file, disk_errors, make_folder, publish, remove_tree, write_file, write_private
+from storage.encodings import Fields
 from storage.errors import ConfigError, DamagedError, DiskError
-from storage.image_index import ImageList
-from storage.records import BadImage, FeatureRecord, FileEntry, ShardEntry, StoreManifest, StorePlan, refuse_newer
-
-METADATA_FILES = ("plan.json", "images.json", "zarr.json", *(f"{array}/zarr.json" for array in zarr_format.ARRAYS))
-"""What a store holds beside its shards and its manifest."""
+from storage.files import LocalFiles
+from storage.fingerprint import crc32c, digest_bytes
+from storage.image_index import FILE_NAME as IMAGES_FILE
+from storage.image_list import ImageList
+from storage.layouts import LAYOUTS
+from storage.receipts import committed_shards, read_receipt, receipt_name, receipt_path
+from storage.records import (
+    BadImage,
+    FeatureRecord,
+    FileEntry,
+    ShardEntry,
+    StoreManifest,
+    StorePlan,
+    refuse_other,
+)
+from storage.shards import PackedRecord, Pieces, ShardContent, view_to_row
 
 
 def create_store(root: Path, plan: StorePlan, images: ImageList) -> None:
@@ -44,25 +49,34 @@ def create_store(root: Path, plan: StorePlan, images: ImageList) -> None:
     if images.fingerprint != plan.images_fingerprint:
         raise AssertionError("the plan was made for other images")
     make_folder(root)
-    found = _plan_of(root)
+    found = find_plan(root)
     if found is None:
         _check_room(root, plan)
     elif found != plan:
         raise ConfigError(f"{root} holds another store: {found.differences(plan)}; choose another folder")
-    image_list = images.model_copy(update={"location": ""})
-    metadata = zarr_format.encode_metadata(plan) | {
-        "images.json": image_list.to_file(indent=None),
-        "plan.json": plan.to_file(),
-    }
-    for name, data in metadata.items():
+    for name, data in encode_metadata(plan, images).items():
         path = root / name
         if not path.exists() or path.read_bytes() != data:
             write_file(path, data)
 
 
+def encode_metadata(plan: StorePlan, images: ImageList) -> dict[str, bytes]:
+    """The files of a store that belong to no shard, without the manifest."""
+    return LAYOUTS[plan.backend].metadata(plan) | {
+        IMAGES_FILE: images.model_copy(update={"location": ""}).to_file(indent=None),
+        "plan.json": plan.to_file(),
+    }
+
+
+def needed_bytes(plan: StorePlan) -> int:
+    """Upper bound of what a store takes on disk, but for its rendered views, of which it is a good guess."""
+    per_record = plan.record_bytes + 8 * plan.num_kept_tokens + (2048 if plan.backend == "wds" else 64)
+    view = 0.5 * plan.stored_views.px**2 if plan.stored_views else 0
+    return int(plan.num_records * (per_record + view))
+
+
 def _check_room(root: Path, plan: StorePlan) -> None:
-    needed = plan.num_records * (plan.features.record_bytes + 8 * plan.features.num_tokens + 64)
-    free = shutil.disk_usage(root).free
+    needed, free = needed_bytes(plan), shutil.disk_usage(root).free
     if needed > free:
         raise DiskError(
             f"the store needs {needed / 1e9:.1f} GB at {root}, where {free / 1e9:.1f} GB are free; "
@@ -73,51 +87,74 @@ def _check_room(root: Path, plan: StorePlan) -> None:
 def load_plan(root: Path) -> StorePlan:
     path = root / "plan.json"
     text = path.read_bytes()
-    refuse_newer(path, text)
+    refuse_other(path, text)
     return StorePlan.from_file(path, text)
 
 
-def _plan_of(root: Path) -> StorePlan | None:
-    """The plan of the store in a folder, from plan.json or, where that is damaged, from its copy; None for no store."""
+def find_plan(root: Path) -> StorePlan | None:
+    """The plan of the store in a folder, from plan.json or, where that is damaged, from its copy; None for no store.
+
+    Raises:
+        DamagedError: there are shards, but nothing tells of what.
+    """
     try:
         return load_plan(root)
     except (FileNotFoundError, DamagedError):
-        plan = zarr_format.read_plan(root)
+        files = LocalFiles(root)
+        plan = next(filter(None, (layout.find_plan(files) for layout in LAYOUTS.values())), None)
     if plan is None and any((root / "receipts").glob("*.json")):
         raise DamagedError(
-            f"{root} holds shards, but plan.json and zarr.json are both damaged or gone, so nothing tells of what; "
+            f"{root} holds shards, but plan.json and its copy are both damaged or gone, so nothing tells of what; "
             "delete the folder and give the command again"
         )
     return plan
 
 
 class ShardWriter:
-    """Collects the records of one shard in memory and commits them in one step."""
+    """Collects the records of one shard and commits them in one step."""
 
-    def __init__(self, root: Path, plan: StorePlan, index: int, keys: tuple[str, ...]) -> None:
-        """`keys` are those of the whole store, in its order."""
-        self.root, self.plan, self.index = root, plan, index
-        self.keys = [keys[position] for position in plan.images_of_shard(index)]
-        self._slot = {key: number * plan.views_per_image for number, key in enumerate(self.keys)}
-        records = len(self.keys) * plan.views_per_image
-        tokens = plan.features.num_tokens
-        self._tokens_RTC = np.zeros((records, *plan.features.shape_TC), np.float16)
-        self._mean_RT = np.full((records, tokens), np.nan, np.float32)
-        self._std_RT = np.full((records, tokens), np.nan, np.float32)
-        self._views_RF = np.zeros((records, len(zarr_format.VIEW_FIELDS)), np.int32)
+    def __init__(self, root: Path, plan: StorePlan, images: ImageList, index: int) -> None:
+        """`images` are those of the whole store."""
+        self.root, self.plan, self.images, self.index = root, plan, images, index
+        self.positions = plan.images_of_shard(index)
+        self.keys = [images.keys[position] for position in self.positions]
+        self._number = {key: number for number, key in enumerate(self.keys)}
+        self._records: list[PackedRecord | None] = [None] * (len(self.keys) * plan.views_per_image)
         self._bad: dict[str, str] = {}
 
     def append(self, record: FeatureRecord) -> None:
-        """Take one record, in any order."""
-        if record.tokens_TC.shape != self.plan.features.shape_TC or record.tokens_TC.dtype != np.float16:
-            raise AssertionError(f"tokens {record.tokens_TC.dtype} {record.tokens_TC.shape}, plan {self.plan.features}")
-        if not 0 <= record.view_index < self.plan.views_per_image:
-            raise AssertionError(f"view {record.view_index} of {self.plan.views_per_image}")
-        slot = self._slot[record.key] + record.view_index
-        self._tokens_RTC[slot] = record.tokens_TC
-        self._mean_RT[slot], self._std_RT[slot] = record.token_mean_T, record.token_std_T
-        view = record.view
-        self._views_RF[slot] = view.top, view.left, view.height, view.width, view.flip
+        """Take one record, in any order, and encode it. Its tokens are not copied: leave them as they are until
+        `commit`.
+
+        Raises:
+            AssertionError: the record is not one of this shard, or its arrays are not those of the plan.
+        """
+        tokens_TC, plan = record.tokens_TC, self.plan
+        if tokens_TC.shape != plan.shape_TC or tokens_TC.dtype != np.float16:
+            raise AssertionError(f"tokens {tokens_TC.dtype} {tokens_TC.shape}, the plan has float16 {plan.shape_TC}")
+        if record.token_mean_T.shape != plan.shape_TC[:1] or record.token_std_T.shape != plan.shape_TC[:1]:
+            raise AssertionError(f"statistics of {record.token_mean_T.shape} tokens, the plan has {plan.shape_TC[0]}")
+        if not 0 <= record.view_index < plan.views_per_image:
+            raise AssertionError(f"view {record.view_index} of {plan.views_per_image}")
+        self.append_encoded(record, plan.encoding.encode(tokens_TC))
+
+    def append_encoded(self, record: FeatureRecord, fields: Fields) -> None:
+        """Take one record whose tokens are encoded already; `record.tokens_TC` is not looked at."""
+        plan, number = self.plan, self._number[record.key]
+        if (record.jpeg is None) != (plan.stored_views is None):
+            raise AssertionError("a record has a rendered view exactly where the plan says that they are stored")
+        stored = _stored_bytes(fields["tokens"], plan.encoding.compressor())
+        scales = {name: values for name, values in fields.items() if name != "tokens"}
+        self._records[number * plan.views_per_image + record.view_index] = PackedRecord(
+            key=record.key,
+            label=int(self.images.labels[self.positions[number]]),
+            view_index=record.view_index,
+            view_F=view_to_row(record.view),
+            tokens=stored,
+            crc32c=crc32c(stored),
+            small={"token_mean": record.token_mean_T, "token_std": record.token_std_T, **scales},
+            jpeg=record.jpeg,
+        )
 
     def mark_bad(self, key: str, reason: str) -> None:
         """Leave holes where this image's records would be."""
@@ -128,39 +165,24 @@ class ShardWriter:
 
         Raises:
             AssertionError: a record is missing.
+            DamagedError: the shard was committed before, with other bytes.
             DiskError: no room; nothing of the shard is visible.
         """
-        is_present_R = ~zarr_format.is_hole_R(self._views_RF)
-        is_expected_R = np.repeat([key not in self._bad for key in self.keys], self.plan.views_per_image)
-        if not np.array_equal(is_present_R, is_expected_R):
-            raise AssertionError(f"shard {self.index}: {is_present_R.sum()} records, expected {is_expected_R.sum()}")
-        capacity = self.plan.records_per_shard
-        small = {
-            "token_mean": (self._mean_RT, np.nan),
-            "token_std": (self._std_RT, np.nan),
-            "views": (self._views_RF, 0),
-        }
-        contents = {
-            zarr_format.token_shard_name(self.index): list(
-                zarr_format.encode_token_shard(self._tokens_RTC, is_present_R, capacity)
-            )
-        } | {
-            zarr_format.chunk_name(array, self.index): [
-                zarr_format.encode_chunk(zarr_format.pad_records(values, capacity, fill))
-            ]
-            for array, (values, fill) in small.items()
-        }
-        entry = ShardEntry(
-            index=self.index,
-            num_images=len(self.keys),
-            num_records=int(is_present_R.sum()),
-            files=tuple(FileEntry.describe(name, pieces) for name, pieces in contents.items()),
-            bad_images=tuple(BadImage(key=key, reason=reason) for key, reason in sorted(self._bad.items())),
+        views = self.plan.views_per_image
+        wrong = [
+            slot for slot, record in enumerate(self._records)
+            if (record is None) != (self.keys[slot // views] in self._bad)
+        ]  # fmt: skip
+        if wrong:
+            raise AssertionError(f"shard {self.index}: {len(wrong)} records missing or of bad images, first {wrong[0]}")
+        contents = LAYOUTS[self.plan.backend].pack(
+            self.plan, ShardContent(self.index, self._records, tuple(self.images.classes))
         )
+        entry = describe_shard(self.index, len(self.keys), self.plan, self._records, contents, self._bad)
         self._publish(entry, contents)
         return entry
 
-    def _publish(self, entry: ShardEntry, contents: dict[str, list[bytes]]) -> None:
+    def _publish(self, entry: ShardEntry, contents: dict[str, Pieces]) -> None:
         attempt = self.root / "attempts" / f"{self.index:05d}.{uuid.uuid4().hex[:12]}"
         with disk_errors(attempt):
             attempt.mkdir(parents=True)
@@ -190,29 +212,30 @@ class ShardWriter:
         )
 
 
-def receipt_path(root: Path, index: int) -> Path:
-    return root / "receipts" / f"{index:05d}.json"
+def _stored_bytes(tokens: Any, compressor: Any | None) -> bytes | memoryview:
+    """What is written of one record's tokens: the array's own memory, or a compressed copy."""
+    return memoryview(tokens).cast("B") if compressor is None else bytes(compressor.encode(tokens))
 
 
-def read_receipt(root: Path, index: int) -> ShardEntry | None:
-    """The receipt of a committed shard; None when there is none, or when it or the size of a file it names is wrong.
-
-    Contents are not read here: every record carries a crc32c that each read checks, and `iter_damage` checks digests.
-    """
-    path = receipt_path(root, index)
-    try:
-        entry = ShardEntry.from_file(path, path.read_bytes())
-        if entry.index != index or any((root / f.name).stat().st_size != f.num_bytes for f in entry.files):
-            return None
-    except (FileNotFoundError, DamagedError):
-        return None
-    return entry
-
-
-def committed_shards(root: Path, plan: StorePlan) -> dict[int, ShardEntry]:
-    """All shards that exist."""
-    receipts = ((index, read_receipt(root, index)) for index in range(plan.num_shards))
-    return {index: entry for index, entry in receipts if entry is not None}
+def describe_shard(
+    index: int, num_images: int, plan: StorePlan, records: Iterable[PackedRecord | None],
+    contents: dict[str, Pieces], bad: dict[str, str],
+) -> ShardEntry:  # fmt: skip
+    """The receipt of a shard."""
+    checksums = np.zeros(plan.records_per_shard, "<u4")
+    num_records = 0
+    for slot, record in enumerate(records):
+        if record is not None:
+            checksums[slot] = record.crc32c
+            num_records += 1
+    return ShardEntry(
+        index=index,
+        num_images=num_images,
+        num_records=num_records,
+        files=tuple(FileEntry.describe(name, pieces) for name, pieces in contents.items()),
+        record_crc32c=checksums.tobytes().hex(),
+        bad_images=tuple(BadImage(key=key, reason=reason) for key, reason in sorted(bad.items())),
+    )
 
 
 def sweep(root: Path, plan: StorePlan) -> None:
@@ -240,10 +263,14 @@ def finish_store(root: Path) -> StoreManifest:
     missing = [index for index in range(plan.num_shards) if index not in shards]
     if missing:
         raise DamagedError(f"{len(missing)} of {plan.num_shards} shards of {root} are missing, first {missing[0]}")
+    names = [IMAGES_FILE, "plan.json", *LAYOUTS[plan.backend].metadata(plan)]
     manifest = StoreManifest(
         plan=plan,
-        metadata=tuple(FileEntry.describe(name, [(root / name).read_bytes()]) for name in METADATA_FILES),
-        shards=tuple(shards[index] for index in range(plan.num_shards)),
+        metadata=tuple(FileEntry.describe(name, [(root / name).read_bytes()]) for name in sorted(names)),
+        receipts=tuple(digest_bytes((root / receipt_name(index)).read_bytes()) for index in range(plan.num_shards)),
+        num_records=sum(entry.num_records for entry in shards.values()),
+        num_bytes=sum(entry.num_bytes for entry in shards.values()),
+        bad_images=tuple(bad for index in range(plan.num_shards) for bad in shards[index].bad_images),
     )
     write_file(root / "manifest.json", manifest.to_file())
     return manifest

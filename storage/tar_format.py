@@ -1,0 +1,210 @@
+"""The WebDataset layout: a tar a shard that holds all there is of its records, and an offset index beside it.
+
+    shards/00017.tar        members of record 000000123, in this order:
+        000000123.json          key, label, class, view index, view
+        000000123.jpg           the rendered view, where the store keeps them
+        000000123.stats.npy     (2, T) float32: mean and standard deviation of each token before whitening
+        000000123.scale.npy     (T,) float16, for int8
+        000000123.tokens.npy    (T, C) float16 or int8; compressed encodings: .tokens.zst, .tokens.blosc
+    shards/00017.index.npy  one row a slot: where these lie, their crc32c, the view
+    dataset.json            the plan, for whoever finds the tars alone
+
+A record without tokens has no members. Names are record numbers, never image keys: those may hold dots, `../` or
+anything else, and stand in the JSON. Headers carry no time and no owner, so equal records give equal bytes.
+"""
+
+import io
+import json
+import tarfile
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.encodings import BitRound, Zstd
+from storage.errors import DamagedError
+from storage.files import REMEDY, Files, Piece
+from storage.fingerprint import crc32c
+from storage.records import ShardEntry, StorePlan
+from storage.shards import VIEW_FIELDS, Layout, PackedRecord, Pieces, ShardContent, SmallFiles, Spans, check_crc32c
+
+BLOCK = tarfile.BLOCKSIZE
+INDEX_DTYPE = np.dtype(
+    [
+        ("tokens_offset", "<i8"), ("tokens_bytes", "<u4"),
+        ("jpeg_offset", "<i8"), ("jpeg_bytes", "<u4"), ("jpeg_crc32c", "<u4"),
+        ("stats_offset", "<i8"), ("stats_crc32c", "<u4"), ("scale_offset", "<i8"), ("scale_crc32c", "<u4"),
+        *((name, "<i4") for name in VIEW_FIELDS),
+    ]
+)  # fmt: skip
+"""Offsets are those of the values, behind a member's tar and `.npy` headers; -1 where there is none."""
+NO_RECORD = np.array([(-1, 0, -1, 0, 0, -1, 0, -1, 0, *(0,) * len(VIEW_FIELDS))], INDEX_DTYPE)[0]
+
+
+def tar_name(index: int) -> str:
+    return f"shards/{index:05d}.tar"
+
+
+def index_name(index: int) -> str:
+    return f"shards/{index:05d}.index.npy"
+
+
+def encode_metadata(plan: StorePlan) -> dict[str, bytes]:
+    """What describes the tars to whoever finds them without this program."""
+    return {"dataset.json": json.dumps({"decant": plan.to_json()}, indent=1, sort_keys=True).encode() + b"\n"}
+
+
+def find_plan(files: Files) -> StorePlan | None:
+    """The copy of the plan in `dataset.json`."""
+    try:
+        return StorePlan.model_validate(json.loads(files.read("dataset.json"))["decant"])
+    except (DamagedError, ValueError, KeyError, TypeError):
+        return None
+
+
+def tokens_suffix(plan: StorePlan) -> str:
+    """How the member with the tokens is called."""
+    if isinstance(plan.encoding, Zstd):
+        return "tokens.zst"
+    return "tokens.blosc" if isinstance(plan.encoding, BitRound) else "tokens.npy"
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def pack(plan: StorePlan, content: ShardContent) -> dict[str, Pieces]:
+    """The tar of one shard and its index."""
+    tar, first = _Tar(), content.shard * plan.records_per_shard
+    rows = np.full(plan.records_per_shard, NO_RECORD, INDEX_DTYPE)
+    for slot, record in enumerate(content.records):
+        if record is not None:
+            rows[slot] = _pack_record(tar, f"{first + slot:09d}", record, plan, content.classes)
+    return {tar_name(content.shard): tar.close(), index_name(content.shard): [npy_bytes(rows)]}
+
+
+def _pack_record(
+    tar: "_Tar", name: str, record: PackedRecord, plan: StorePlan, classes: tuple[str, ...]
+) -> tuple[Any, ...]:
+    facts = {
+        "key": record.key,
+        "label": record.label,
+        "class": classes[record.label] if 0 <= record.label < len(classes) else None,
+        "view_index": record.view_index,
+        "view": dict(zip(VIEW_FIELDS, record.view_F.tolist(), strict=True)),
+    }
+    tar.add(f"{name}.json", json.dumps(facts, sort_keys=True, separators=(",", ":")).encode())
+    jpeg = (-1, 0, 0)
+    if record.jpeg is not None:
+        jpeg = tar.add(f"{name}.jpg", record.jpeg), len(record.jpeg), crc32c(record.jpeg)
+    stats_2T = np.stack([record.small["token_mean"], record.small["token_std"]]).astype("<f4")
+    stats = tar.add_array(f"{name}.stats.npy", stats_2T)
+    scale = (-1, 0)
+    if "token_scale" in record.small:
+        scale = tar.add_array(f"{name}.scale.npy", record.small["token_scale"])
+    field = plan.fields["tokens"]
+    header = npy_header(field.dtype, field.shape) if plan.encoding.compressor() is None else b""
+    tokens = tar.add(f"{name}.{tokens_suffix(plan)}", header, record.tokens)
+    return tokens, len(record.tokens), *jpeg, *stats, *scale, *record.view_F.tolist()
+
+
+class _Tar:
+    """A tar under construction, as buffers."""
+
+    def __init__(self) -> None:
+        self.pieces: Pieces = []
+        self.num_bytes = 0
+
+    def add(self, name: str, *parts: bytes | memoryview) -> int:
+        """Add a member; returns where its last part begins."""
+        member = tarfile.TarInfo(name)
+        member.size = sum(map(len, parts))
+        padding = bytes(-member.size % BLOCK)
+        self._extend(member.tobuf(tarfile.USTAR_FORMAT), *parts, padding)
+        return self.num_bytes - len(padding) - len(parts[-1])
+
+    def add_array(self, name: str, values: NDArray[Any]) -> tuple[int, int]:
+        """Add a `.npy` member; returns where its values begin, and their checksum."""
+        data = values.tobytes()
+        return self.add(name, npy_header(values.dtype.str, values.shape), data), crc32c(data)
+
+    def close(self) -> Pieces:
+        """All of it, with the end-of-archive mark."""
+        self._extend(bytes(2 * BLOCK))
+        return self.pieces
+
+    def _extend(self, *parts: bytes | memoryview) -> None:
+        self.pieces += [part for part in parts if len(part)]
+        self.num_bytes += sum(map(len, parts))
+
+
+def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """The header of a `.npy` file, whose length is a multiple of 64 bytes."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+def npy_bytes(array: NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+class TarShard:
+    """One shard: its offset index parsed."""
+
+    def __init__(self, plan: StorePlan, entry: ShardEntry, files: SmallFiles) -> None:
+        self._plan, self._entry, self._files = plan, entry, files
+        rows = self._index()
+        self.tokens = Spans(
+            tar_name(entry.index), rows["tokens_offset"].copy(), rows["tokens_bytes"].copy(), entry.crc32c_R
+        )
+
+    def _index(self) -> NDArray[Any]:
+        name = index_name(self._entry.index)
+        data = self._files.read(self._entry, name)
+        rows = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        if rows.dtype != INDEX_DTYPE or rows.shape != (self._plan.records_per_shard,):
+            raise DamagedError(f"{self._files.files.location}/{name} is not the index of such a shard; {REMEDY}")
+        return np.asarray(rows)
+
+    @cached_property
+    def jpegs(self) -> Spans:
+        """Where the rendered views lie."""
+        rows = self._index()
+        return Spans(
+            tar_name(self._entry.index), rows["jpeg_offset"].copy(), rows["jpeg_bytes"].copy(),
+            rows["jpeg_crc32c"].copy(),
+        )  # fmt: skip
+
+    def rows(self, name: str, slots: NDArray[np.int64]) -> NDArray[Any]:
+        """Rows of a small array, from the index or from the members of each record."""
+        index = self._index()[slots]
+        if name == "views":
+            return np.stack([index[field] for field in VIEW_FIELDS], axis=-1)
+        tokens = self._plan.num_kept_tokens
+        if name == "token_scale":
+            return self._members("scale", index, np.empty((len(slots), tokens), "<f2"))
+        stats_n2T = self._members("stats", index, np.empty((len(slots), 2, tokens), "<f4"))
+        return stats_n2T[:, 0 if name == "token_mean" else 1]
+
+    def _members(self, kind: str, index: NDArray[Any], out: NDArray[Any]) -> NDArray[Any]:
+        """Read a small member of each record; the rows of holes come back as NaN."""
+        tar = tar_name(self._entry.index)
+        offsets, checksums = index[f"{kind}_offset"], index[f"{kind}_crc32c"]
+        out[offsets < 0] = np.nan
+        wanted = np.flatnonzero(offsets >= 0)
+        targets = [memoryview(out[row]).cast("B") for row in wanted]
+        self._files.files.read_pieces(
+            [Piece(tar, int(offsets[row]), [to], to.nbytes) for row, to in zip(wanted, targets, strict=True)]
+        )
+        for row, data in zip(wanted, targets, strict=True):
+            check_crc32c(data, int(checksums[row]), f"a {kind} member of {self._files.files.location}/{tar}")
+        return out
+
+
+TAR = Layout(encode_metadata, pack, TarShard, find_plan)
