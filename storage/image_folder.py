@@ -1,9 +1,11 @@
 """A folder of class folders as a source of images."""
 
 import contextlib
+import functools
 import os
 import re
 import stat
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +16,10 @@ from typing import NamedTuple
 from storage.errors import BadImageError, InputError
 from storage.image_source import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, ImageEntry, split_of
 
-_LIST_THREADS = 8
+_LIST_THREADS = 16
+_FOLDERS_AT_ONCE = 32
+_SLOW_SECONDS = 50e-6
+"""To list one file; 5e-6 where the system has it in memory."""
 
 
 def _folder_split(name: str) -> str | None:
@@ -34,7 +39,7 @@ class FolderImages:
         entries: list[ImageEntry] = []
         is_divided = False
         for folder in _walk(self.root):
-            parts = folder.parts
+            parts = folder.place.parts
             if not parts:
                 is_divided = {"train", "eval"} <= {_folder_split(name) for name, _ in folder.subfolders}
             split = _folder_split(parts[0]) if is_divided and parts else None
@@ -65,38 +70,50 @@ class _Identity(NamedTuple):
     inode: int
 
 
-class _Folder(NamedTuple):
-    """What one folder holds."""
+class _Place(NamedTuple):
+    """A folder to be listed."""
 
     parts: tuple[str, ...]
     """The names from the root to it."""
     above: frozenset[_Identity]
     """It and all folders that it lies in."""
+
+
+class _Folder(NamedTuple):
+    """What one folder holds."""
+
+    place: _Place
     subfolders: list[tuple[str, _Identity]]
     files: list[tuple[str, tuple[int, int, int]]]
     """Name of an image; its size in bytes, modification time in ns and inode."""
 
 
 def _walk(root: Path) -> Iterator[_Folder]:
-    """The root, then all folders below; several are listed at a time, since a network's file system answers slowly."""
+    """The root, then all folders below. Where a file takes long to answer for, as on a network, several folders are
+    listed at a time; elsewhere threads would only wait for each other."""
     with _can_be_listed(str(root)):
         found = os.stat(root)
+    waiting = deque([_Place((), frozenset({_Identity(found.st_dev, found.st_ino)}))])
+    is_slow = False
     with ThreadPoolExecutor(_LIST_THREADS) as pool:
-        waiting = deque([pool.submit(_list_folder, root, (), frozenset({_Identity(found.st_dev, found.st_ino)}))])
         while waiting:
-            folder = waiting.popleft().result()
-            yield folder
-            waiting.extend(
-                pool.submit(_list_folder, root, (*folder.parts, name), folder.above | {identity})
-                for name, identity in folder.subfolders
-                if identity not in folder.above  # a link to a folder that it lies in
-            )
+            places = [waiting.popleft() for _ in range(min(_FOLDERS_AT_ONCE, len(waiting)))]
+            began, num_files = time.perf_counter(), 0
+            for folder in (pool.map if is_slow else map)(functools.partial(_list_folder, root), places):
+                num_files += len(folder.files)
+                yield folder
+                waiting.extend(
+                    _Place((*folder.place.parts, name), folder.place.above | {identity})
+                    for name, identity in folder.subfolders
+                    if identity not in folder.place.above  # a link to a folder that it lies in
+                )
+            is_slow = is_slow or time.perf_counter() - began > _SLOW_SECONDS * max(num_files, 100)
 
 
-def _list_folder(root: Path, parts: tuple[str, ...], above: frozenset[_Identity]) -> _Folder:
+def _list_folder(root: Path, place: _Place) -> _Folder:
     """List one folder, with one system call a file. Raises InputError."""
-    folder = _Folder(parts, above, [], [])
-    path = os.path.join(root, *parts)
+    folder = _Folder(place, [], [])
+    path = os.path.join(root, *place.parts)
     with _can_be_listed(path), os.scandir(path) as entries:
         for entry in entries:
             if entry.name.startswith("."):

@@ -106,7 +106,7 @@ class ImageList:
         )  # fmt: skip
 
     def read_image(self, position: int) -> NDArray[np.uint8]:
-        """Decode one image, after checking that it is the one that was listed.
+        """Decode one image, after checking that it is the one that was listed: (H, W, 3) RGB, or (H, W) grey.
 
         Raises:
             BadImageError: it cannot be read or decoded.
