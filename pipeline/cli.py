@@ -15,8 +15,8 @@ from pipeline import provenance
 from pipeline.config import PipelineConfig, apply_overrides, parse_assignment
 from pipeline.demo_data import prepare_solar_cells
 from pipeline.presets import PRESETS, load_preset, preset_for_teacher
-from pipeline.progress import show_progress
-from pipeline.runner import execute, make_plan
+from pipeline.progress import show_progress, show_when_slow
+from pipeline.runner import Plan, execute, make_plan
 from pipeline.screen import console, show_plan, show_results, show_status, show_teachers
 from pipeline.stages import STAGES
 from pipeline.workspace import Workspace, load_current, open_workspace
@@ -120,7 +120,7 @@ def demo(work: Path, force: bool, **options: Any) -> None:
 def plan(work: Path, force: bool, **options: Any) -> None:
     workspace = open_workspace(work)
     config = resolve_config(workspace, **options)
-    show_plan(make_plan(config, workspace, ALL, again=ALL if force else ()), ALL)
+    show_plan(_make_plan(config, workspace, ALL, ALL if force else ()), ALL)
 
 
 @cli.command(help="Every store, student and result in the work folder.")
@@ -198,11 +198,17 @@ def resolve_config(
 
 def run_stages(config: PipelineConfig, workspace: Workspace, stages: tuple[str, ...], again: tuple[str, ...]) -> None:
     """Plan, show the plan, run, show the results."""
-    plan = make_plan(config, workspace, stages, again=again)
+    plan = _make_plan(config, workspace, stages, again)
     show_plan(plan, stages)
     write_json(workspace.current_path, config.to_json())
     results = execute(plan, stages, functools.partial(show_progress, console=console))
     show_results(plan, results)
+
+
+def _make_plan(config: PipelineConfig, workspace: Workspace, stages: tuple[str, ...], again: tuple[str, ...]) -> Plan:
+    """The first plan for a data set reads all of it."""
+    with show_when_slow("reading images", console) as progress:
+        return make_plan(config, workspace, stages, again=again, progress=progress)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -13,6 +13,8 @@ from storage.stage import Progress as ProgressContract
 
 LOG_SECONDS = 15.0
 """Between two lines where nobody watches a bar."""
+PATIENCE_SECONDS = 1.0
+"""What takes less than that needs no display."""
 
 
 class _Bar:
@@ -67,6 +69,42 @@ class _Lines:
 
     def say(self, message: str) -> None:
         self.console.print(f"  {message}", highlight=False, soft_wrap=True)
+
+
+class _Late:
+    """Shows nothing until the work has lasted for a while."""
+
+    def __init__(self, open_display: Callable[[], ProgressContract]) -> None:
+        self.open_display = open_display
+        self.display: ProgressContract | None = None
+        self.total = self.done = 0
+        self.unit, self.began = "", time.monotonic()
+
+    def start(self, total: int, unit: str, done: int = 0) -> None:
+        self.total, self.unit, self.done, self.began = total, unit, done, time.monotonic()
+        if self.display:
+            self.display.start(total, unit, done)
+
+    def advance(self, amount: int, **facts: object) -> None:
+        if self.display is None:
+            self.done += amount
+            if time.monotonic() - self.began < PATIENCE_SECONDS:
+                return
+            self.display = self.open_display()
+            self.display.start(self.total, self.unit, self.done)
+        else:
+            self.display.advance(amount, **facts)
+
+    def say(self, message: str) -> None:
+        self.display = self.display or self.open_display()
+        self.display.say(message)
+
+
+@contextlib.contextmanager
+def show_when_slow(name: str, console: Console) -> Iterator[ProgressContract]:
+    """A display, for the length of the block, that appears when the work takes longer than a second."""
+    with contextlib.ExitStack() as stack:
+        yield _Late(lambda: stack.enter_context(show_progress(name, console)))
 
 
 @contextlib.contextmanager

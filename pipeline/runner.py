@@ -64,13 +64,15 @@ class Plan(NamedTuple):
 
 
 def make_plan(
-    config: PipelineConfig, workspace: Workspace, names: tuple[str, ...], *, again: Iterable[str] = ()
-) -> Plan:
+    config: PipelineConfig, workspace: Workspace, names: tuple[str, ...], *, again: Iterable[str] = (),
+    progress: Progress | None = None,
+) -> Plan:  # fmt: skip
     """Decide about the stages `names` and everything they depend on. Writes nothing but the image list, and finishes
     the exchange of a folder that was cut short.
 
     Args:
         again: stages to run even if they are up to date.
+        progress: hears of the images that are read for the first time.
 
     Raises:
         ConfigError, InputError: settings or data that cannot work.
@@ -80,7 +82,7 @@ def make_plan(
     find_teacher(config.extract.teacher)
     index = build_index(
         config.data.path, eval_fraction=config.data.eval_fraction, seed=config.data.split_seed,
-        cache_dir=workspace.cache_dir,
+        cache_dir=workspace.cache_dir, progress=progress,
     )  # fmt: skip
     data_path = workspace.data_path(config.data.path, index.fingerprint)
     listing = index.to_file()

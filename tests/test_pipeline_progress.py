@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from pipeline import progress
-from pipeline.progress import LOG_SECONDS, show_progress
+from pipeline.progress import LOG_SECONDS, show_progress, show_when_slow
 
 
 class Clock:
@@ -116,3 +116,31 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "resuming at step 4 of 10" in plain
     assert "8/8" in plain.splitlines()[-1]
     assert "loss 0.125" in plain.splitlines()[-1]
+
+
+def test_quick_work_shows_nothing_and_slow_work_says_how_far_it_is(clock: Clock, console: Console) -> None:
+    with show_when_slow("reading images", console) as display:
+        display.start(1000, "images", done=100)
+        for _ in range(9):
+            clock.now += 0.1
+            display.advance(50)
+        assert lines(console) == []
+        clock.now += 0.2
+        display.advance(50)
+        clock.now += 1
+        display.advance(200, read="30 MB/s")
+        clock.now += 15
+        display.advance(200, read="20 MB/s")
+    assert lines(console) == [
+        "reading images: 800/1,000 images  200 images/s  read 30 MB/s  eta 0:01",
+        "reading images: 1,000/1,000 images  25.0 images/s  read 20 MB/s  eta 0:00",
+    ]
+
+
+def test_a_word_is_never_held_back(clock: Clock, console: Console) -> None:
+    with show_when_slow("reading images", console) as display:
+        display.say("a word")
+        display.start(2, "images")
+        clock.now += 1
+        display.advance(2)
+    assert lines(console) == ["  a word", "reading images: 2/2 images  2.0 images/s    eta 0:00"]
