@@ -31,6 +31,7 @@ writer.py       shards to a store: private attempt, fsync, publish, receipt
 store.py        what every store can be asked
 reader.py       a store to records and batches
 memory.py       a store in memory: the fake for tests, and the reference
+ring.py         batches made ahead by threads, in buffers that are used again
 verify.py       is every byte what its receipt says?
 convert.py      a store to another layout or encoding
 """
