@@ -42,13 +42,13 @@ STAGES: dict[str, Stage] = {
             needs=(), data="eval", folder="stores", label=lambda c: f"{c.extract.teacher}-eval",
         ),
         Stage(
-            name="distill", command="distill", module="distill.run", version=1, config=lambda c: c.distill,
+            name="distill", command="distill", module="distill.run", version=2, config=lambda c: c.distill,
             needs=("extract",), data=None, folder="students",
             label=lambda c: f"{c.extract.teacher}-w{c.distill.student.width}-d{c.distill.student.depth}",
             outputs=("student.safetensors", "projector.safetensors"),
         ),
         Stage(
-            name="finetune", command="finetune", module="finetune.run", version=1, config=lambda c: c.finetune,
+            name="finetune", command="finetune", module="finetune.run", version=2, config=lambda c: c.finetune,
             needs=("distill",), data="all", folder="finetune", label=lambda c: c.extract.teacher,
         ),
         Stage(

@@ -1,5 +1,6 @@
 """The order of images and views: a pure function of (seed, step) that covers everything exactly once."""
 
+import time
 from collections import Counter
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from distill.order import WINDOW_SHARDS, Draw, EpochOrder, ViewOrder, num_steps
+from distill.order import BLOCK_IMAGES, POOL_IMAGES, WINDOW_SHARDS, Draw, EpochOrder, ViewOrder, num_steps
 
 
 def usable(num_images: int, bad: set[int]) -> NDArray[np.int64]:
@@ -68,16 +69,89 @@ def test_epochs_and_seeds_are_shuffled_differently() -> None:
     assert len({*orders, tuple(positions)}) == 7
 
 
+def neighbours(order_N: NDArray[np.int64], group: int, batch: int) -> float:
+    """How many others of its group (a block, a shard) an image meets in its batch, on average."""
+    batches = (order_N[: len(order_N) // batch * batch] // group).reshape(-1, batch)
+    counts = [np.unique(row, return_counts=True)[1] for row in batches]
+    return float(np.mean([(count * (count - 1)).sum() / batch for count in counts]))
+
+
+def test_the_disk_sees_whole_blocks() -> None:
+    """Neighbours in ascending order, shorter only at the end of a shard, and in another order for each epoch."""
+    per_shard, shards = 5 * BLOCK_IMAGES + 3, 40
+    order = EpochOrder(np.arange(per_shard * shards), per_shard, seed=3)
+    epochs = [order.reading(epoch) for epoch in (0, 1)]
+    for reading in epochs:
+        starts = np.flatnonzero(np.diff(reading, prepend=-9) != 1)
+        lengths = np.diff(starts, append=len(reading))
+        assert set((reading[starts] % per_shard).tolist()) <= {0, *range(0, per_shard, BLOCK_IMAGES)}
+        assert (lengths >= BLOCK_IMAGES).mean() > 0.8
+        assert np.mean(lengths) < 1.1 * BLOCK_IMAGES, "blocks of a shard are apart"
+    assert not np.array_equal(epochs[0], epochs[1])
+
+
 def test_reads_stay_within_a_window_of_shards() -> None:
-    """A full shuffle would touch every shard file all the time; no shuffle would show neighbours together."""
-    per_shard, shards = 10, 5 * WINDOW_SHARDS
-    epoch = EpochOrder(np.arange(per_shard * shards), per_shard, seed=3).epoch(0)
-    window = per_shard * WINDOW_SHARDS
-    for start in range(0, len(epoch), window):
-        in_window = set((epoch[start : start + window] // per_shard).tolist())
-        assert len(in_window) == WINDOW_SHARDS
-        assert in_window != set(range(start // per_shard, start // per_shard + WINDOW_SHARDS)), "shards are permuted"
-        assert len(set((epoch[start : start + per_shard] // per_shard).tolist())) > 4, "and mixed"
+    """Or every shard file would be opened again and again."""
+    per_shard, shards = 64, 2 * WINDOW_SHARDS + 2  # three windows of 172, 171 and 171 shards
+    reading = EpochOrder(np.arange(per_shard * shards), per_shard, seed=3).reading(0)
+    first, last = (reading[part] // per_shard for part in (slice(0, 172 * per_shard), slice(-171 * per_shard, None)))
+    assert (len(set(first.tolist())), len(set(last.tolist()))) == (172, 171)
+    assert not set(first.tolist()) & set(last.tolist())
+    assert np.ptp(first) > shards // 2, "shards are permuted"
+
+
+def test_batches_are_mixed_nearly_as_by_a_full_shuffle() -> None:
+    """An image meets few of the neighbours that it was read with: pools of 512 blocks, batches of 256."""
+    per_shard, images = 512, 6 * POOL_IMAGES
+    order = EpochOrder(np.arange(images), per_shard, seed=3)
+    full = np.random.default_rng(0).permutation(images)
+    block, shard = neighbours(order.epoch(0), BLOCK_IMAGES, 256), neighbours(order.epoch(0), per_shard, 256)
+    assert neighbours(order.reading(0), BLOCK_IMAGES, 256) == pytest.approx(15, abs=0.1), "what pools are for"
+    assert block == pytest.approx(15 * 255 / POOL_IMAGES, rel=0.1)
+    assert shard < neighbours(full, per_shard, 256) + block + 0.2
+    last = order.epoch(0)[-256:]
+    assert neighbours(last, BLOCK_IMAGES, 256) < 3, "also at the end of an epoch"
+
+
+def test_a_small_data_set_is_shuffled_fully() -> None:
+    """Neighbours in the store are no nearer to each other than any two images."""
+    images = 2099
+    distances, expected = [], images / 3
+    for seed in range(20):
+        places = EpochOrder(np.arange(images), 64, seed).epoch(0).argsort()
+        distances.append(np.abs(np.diff(places)).mean())
+    assert np.mean(distances) == pytest.approx(expected, rel=0.02)
+    assert neighbours(EpochOrder(np.arange(images), 64, 0).epoch(0), BLOCK_IMAGES, 256) < 2.2  # 15 * 255 / 2098 = 1.8
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_images=st.integers(1, 60), per_shard=st.integers(1, 30), pool=st.integers(1, 40), batch_size=st.integers(1, 50),
+)  # fmt: skip
+def test_every_image_is_announced_once_an_epoch_and_before_it_is_needed(
+    num_images: int, per_shard: int, pool: int, batch_size: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("distill.order.POOL_IMAGES", pool)
+        order = EpochOrder(np.arange(num_images), per_shard, seed=5)
+        steps = -(-5 * num_images // batch_size)
+        announced: Counter[tuple[int, int]] = Counter()
+        for step in range(steps):
+            announced.update(pairs(order.coming(step, batch_size)))
+            first_number = step * batch_size
+            for number, pair in enumerate(pairs(order.batch(step, batch_size)), first_number):
+                assert number < 2 * min(pool, num_images) or announced[pair] == 1
+        assert set(announced.values()) <= {1}
+
+
+def pairs(draw: Draw) -> list[tuple[int, int]]:
+    return list(zip(draw.epochs_B.tolist(), draw.positions_B.tolist(), strict=True))
+
+
+def test_an_epoch_of_imagenet_is_drawn_in_a_second_or_two() -> None:
+    started = time.process_time()
+    EpochOrder(np.arange(1_281_167), 512, seed=0).batch(0, 256)
+    assert time.process_time() - started < 5
 
 
 def test_an_epoch_is_a_fair_shuffle() -> None:
