@@ -1,0 +1,132 @@
+"""Reads of a store that no page cache holds, by wall time, against the disk's own sequential rate on the same files."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.reader import open_store
+from storage.ring import iter_filled
+from storage.zarr_format import CRC_BYTES, token_shard_name
+from tests.bench.made_up import (
+    BATCH,
+    COLD_RECORDS,
+    RECORD_BYTES,
+    SHARD_RECORDS,
+    VIT_B,
+    check_batch,
+    new_batch,
+    shuffled_batches,
+)
+from tests.bench.results import Section
+from tests.bench.timing import Contender, race, speed_rows, wall_seconds
+from tests.bench.warm_reads import plain_zarr
+
+ROUNDS, BLOCK, AHEAD, PART = 5, 16, 2, 8
+"""Records that follow each other on disk are read in blocks, hinted at some batches ahead; slow peers read 1/PART."""
+
+Batches = list[NDArray[np.int64]]
+
+
+def block_shuffled(num_records: int, seed: int = 2) -> Batches:
+    """Blocks of records in random order, as an epoch of a training has them."""
+    starts = np.random.default_rng(seed).permutation(num_records // BLOCK) * BLOCK
+    order_R = (starts[:, None] + np.arange(BLOCK)).reshape(-1)
+    return list(order_R.reshape(-1, BATCH).astype(np.int64))
+
+
+def drop_from_cache(store: Path) -> None:
+    """Ask the system to forget the store's files; only pages that are on disk already can be forgotten."""
+    for path in store.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def sequential(store: Path) -> None:
+    """Every shard file from its first byte to its last, in large pieces."""
+    buffer = memoryview(new_batch()).cast("B")
+    for shard in range(COLD_RECORDS // SHARD_RECORDS):
+        with open(store / token_shard_name(shard), "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            while file.readinto(buffer):
+                pass
+
+
+def with_hints(store: Path, batches: Batches, threads: int) -> Callable[[], None]:
+    """This store, as a trainer reads it: a ring, told of what comes."""
+
+    def run() -> None:
+        reader = open_store(store, check="never")
+
+        def fill(step: int, buffer: dict[str, NDArray[Any]]) -> NDArray[np.float16]:
+            reader.read_encoded(batches[step], buffer)
+            return buffer["tokens"]
+
+        arriving = iter_filled(
+            fill, lambda: {"tokens": new_batch()}, 0, len(batches), threads=threads, depth=threads + 1,
+            hint=lambda step: reader.hint(batches[step]), look_ahead=AHEAD,
+        )  # fmt: skip
+        for step, tokens_BTC in enumerate(arriving):
+            if step == 0:
+                check_batch(batches[0], tokens_BTC)
+
+    return run
+
+
+def without_hints(store: Path, batches: Batches) -> Callable[[], None]:
+    """`preadv` record by record."""
+
+    def run() -> None:
+        read, out_BTC = plain_zarr(store, COLD_RECORDS), new_batch()
+        for records_B in batches:
+            read(records_B, out_BTC)
+
+    return run
+
+
+def memory_map(store: Path, batches: Batches) -> Callable[[], None]:
+    """Memory maps of the shard files, opened anew: mapped pages cannot be dropped from the cache."""
+
+    def run() -> None:
+        stride, out_BTC = RECORD_BYTES + CRC_BYTES, new_batch()
+        names = [store / token_shard_name(shard) for shard in range(COLD_RECORDS // SHARD_RECORDS)]
+        maps = [np.memmap(name, np.uint8, "r")[: SHARD_RECORDS * stride].reshape(-1, stride) for name in names]
+        for records_B in batches:
+            for slot, record in enumerate(records_B):
+                shard, place = divmod(int(record), SHARD_RECORDS)
+                out_BTC[slot] = maps[shard][place, :RECORD_BYTES].view(np.float16).reshape(VIT_B.shape_TC)
+
+    return run
+
+
+def measure(store: Path) -> Section:
+    blocks, singles = block_shuffled(COLD_RECORDS), shuffled_batches(COLD_RECORDS)
+    part = len(singles) // PART
+    drop = {"prepare": lambda: drop_from_cache(store)}
+    contenders = [
+        Contender("the disk, sequential", "limit", lambda: sequential(store), **drop),
+        Contender(
+            "this store, blocks of 16, hints, 1 thread", "ours", with_hints(store, blocks, 1), **drop, target=0.85
+        ),
+        Contender("this store, blocks of 16, hints, 2 threads", "ours", with_hints(store, blocks, 2), **drop),
+        Contender("preadv, blocks of 16, no hints", "peer", without_hints(store, blocks), **drop),
+        Contender(
+            "preadv, single records, no hints", "peer", without_hints(store, singles[:part]), **drop, share=1 / PART
+        ),
+        Contender("np.memmap, blocks of 16", "peer", memory_map(store, blocks[:part]), **drop, share=1 / PART),
+        Contender("np.memmap, single records", "peer", memory_map(store, singles[:part]), **drop, share=1 / PART),
+    ]
+    seconds = race(contenders, rounds=ROUNDS, clock=wall_seconds)
+    gigabytes = COLD_RECORDS * RECORD_BYTES / 1e9
+    method = (
+        f"{COLD_RECORDS:,} records, {gigabytes:.2f} GB in {COLD_RECORDS // SHARD_RECORDS} shards, dropped from the "
+        f"page cache before each run (fsync, posix_fadvise; a host below a virtual disk may still cache); wall seconds, "
+        f"best of {ROUNDS} rounds that take turns"
+    )
+    return Section("Shuffled reads, cold", method, speed_rows(contenders, seconds, gigabytes=gigabytes, unit="GB/s"))

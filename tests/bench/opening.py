@@ -1,0 +1,81 @@
+"""Opening a store: time, and the memory that parsed indexes take."""
+
+import shutil
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+
+from storage.reader import open_store
+from storage.records import FeatureSpec
+from storage.writer import finish_store
+from tests.bench.made_up import SHARD_RECORDS, begin_store, new_batch, write_shard
+from tests.bench.results import Row, Section
+from tests.bench.writes import without_fsync
+
+MANY_SHARDS, ROUNDS = 10_000, 9
+TINY = FeatureSpec(teacher="made-up", num_prefix_tokens=0, grid_hw=(1, 1), channels=8)
+
+
+def measure(folder: Path, store: Path, small_store: Path) -> Section:
+    """`store` has eight shards of full size, `small_store` two."""
+    many = folder / "many"
+    with without_fsync():
+        make_many_shards(many)
+    rows = (
+        _opening("open a store of 2 shards", small_store, 0.005),
+        _opening(f"open a store of {MANY_SHARDS:,} shards", many, 0.1),
+        _first_batch("the same, and read a first batch of 64", small_store),
+        _memory(store),
+    )
+    method = (
+        f"files in the page cache, libraries loaded; wall milliseconds, best of {ROUNDS}. Memory: allocations that stay after one "
+        f"record of each of 8 shards of {SHARD_RECORDS} was read (tracemalloc)"
+    )
+    shutil.rmtree(many)
+    return Section("Opening", method, rows)
+
+
+def make_many_shards(root: Path) -> None:
+    """One record a shard; small ones, as only their number counts."""
+    plan, images = begin_store(root, MANY_SHARDS, features=TINY, images_per_shard=1)
+    for index in range(plan.num_shards):
+        write_shard(root, plan, images, index)
+    finish_store(root)
+
+
+def _best_ms(action: object, rounds: int = ROUNDS) -> tuple[float, tuple[float, ...]]:
+    taken = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        action()  # type: ignore[operator]
+        taken.append(time.perf_counter() - started)
+    return min(taken) * 1e3, tuple(taken)
+
+
+def _opening(what: str, root: Path, target_seconds: float) -> Row:
+    value, rounds = _best_ms(lambda: open_store(root))
+    return Row(what, "ours", value, "ms", target=target_seconds * 1e3, is_less_better=True, rounds=rounds)
+
+
+def _first_batch(what: str, root: Path) -> Row:
+    out, records_B = {"tokens": new_batch()}, np.arange(0, 1024, 16)
+    value, rounds = _best_ms(lambda: open_store(root).read_encoded(records_B, out))
+    return Row(what, "ours", value, "ms", is_less_better=True, rounds=rounds, note="with both shards' indexes")
+
+
+def _memory(root: Path) -> Row:
+    """Bytes a record of all that a reader keeps once it has seen every shard."""
+    reader, out = open_store(root, check="never"), {"tokens": new_batch()[:1]}
+    reader.read_encoded(np.array([0]), out)  # what the first read imports and keeps is not the index's
+    reader = open_store(root, check="never")
+    firsts = np.arange(0, reader.plan.num_records, SHARD_RECORDS)
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for first in firsts:
+        reader.read_encoded(np.array([first]), out)
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    value = (after - before) / reader.plan.num_records
+    return Row("parsed indexes in memory", "ours", value, "bytes a record", target=20, is_less_better=True)
