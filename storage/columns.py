@@ -13,6 +13,7 @@ checked before anything in it is used, and no memory is taken for what it claims
 
 import bisect
 import itertools
+import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -63,7 +64,7 @@ def cut_columns(
     Raises:
         DamagedError: the columns are not exactly as long as the file says.
     """
-    sizes = [np.dtype(kind).itemsize * _product(shape) for kind, shape in columns]
+    sizes = [np.dtype(kind).itemsize * math.prod(shape) for kind, shape in columns]
     needed = sum(size + -size % 8 for size in sizes)
     if needed != len(body):
         raise DamagedError(f"{path} holds {len(body):,} bytes of columns where its header tells of {needed:,}")
@@ -72,11 +73,6 @@ def cut_columns(
         np.frombuffer(body[start : start + size], kind).reshape(shape)
         for start, size, (kind, shape) in zip(starts, sizes, columns, strict=False)
     ]
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    """Of Python's numbers, which do not overflow."""
-    return int(np.prod(np.array(shape, dtype=object)))
 
 
 class Keys(Sequence[str]):
@@ -156,10 +152,10 @@ class Keys(Sequence[str]):
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and self.find(key) is not None
 
-    def index(self, key: str, *limits: int) -> int:
+    def index(self, key: str, start: int = 0, stop: int | None = None) -> int:
         """Raises ValueError, as a tuple does."""
         position = self.find(key)
-        if position is None or position not in range(len(self))[slice(*limits)]:
+        if position is None or position not in range(len(self))[start:stop]:
             raise ValueError(f"{key!r} is not there")
         return position
 
