@@ -184,9 +184,9 @@ def test_a_student_that_runs_away_is_stopped_and_its_images_are_listed(inputs: d
     assert not files(tmp_path / "out")
 
 
-def test_another_pillow_is_mentioned(inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("PIL.__version__", "99.0")
+def test_another_resize_is_mentioned(inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.views.resize_version", lambda: "99.0")
     progress = SignalAt(-1)
     run(CFG, inputs, tmp_path / "out", progress)
     assert len(progress.said) == 1
-    assert "here it is 99.0: the student may see slightly other pixels" in progress.said[0]
+    assert "here it is cykooz-resizer 99.0: the student may see slightly other pixels" in progress.said[0]

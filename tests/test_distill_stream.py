@@ -58,7 +58,7 @@ def test_images_and_targets_belong_to_one_view(student_px: int, toy_store: ToySt
             )
             top, left, height, width, flip = views_RF[record].tolist()
             view = View(top=top, left=left, height=height, width=width, flip=bool(flip))
-            image = Image.open(Path(images.location) / key).convert("RGB")
+            image = np.asarray(Image.open(Path(images.location) / key).convert("RGB"))
             np.testing.assert_array_equal(pixels.numpy(), Renderer().render_view(image, view, student_px))
             seen[record] += 1
     counts = [seen[record] for record in range(16 * VIEWS)]

@@ -34,8 +34,8 @@ def pixels() -> Tensor:
     sampler, renderer = CentreCrop(), Renderer()
     views = []
     for path in PHOTOGRAPHS:
-        image = Image.open(path).convert("RGB")
-        views.append(renderer.render_view(image, sampler.view(path.name, 0, (image.height, image.width)), 224))
+        image = np.asarray(Image.open(path).convert("RGB"))
+        views.append(renderer.render_view(image, sampler.view(path.name, 0, image.shape[:2]), 224))
     return torch.from_numpy(np.stack(views))
 
 

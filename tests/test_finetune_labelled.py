@@ -84,7 +84,7 @@ def test_pixels_are_those_of_the_drawn_view(labelled: Make, index: ImageIndex) -
     batch = next(iter(labelled(sampler=sampler, renderer=renderer).train_batches(0)))
     for key, pixels in zip(batch.keys, batch.images_BHWC, strict=True):
         image = images.read_image(images.keys.index(key))
-        view = sampler.view(key, 0, (image.height, image.width))
+        view = sampler.view(key, 0, image.shape[:2])
         np.testing.assert_array_equal(pixels, renderer.render_view(image, view, 16))
 
 
@@ -106,7 +106,7 @@ def test_evaluation_sees_every_image_once_in_order(labelled: Make, index: ImageI
     assert [key for batch in batches for key in batch.keys] == list(images.keys)
     assert [int(label) for batch in batches for label in batch.labels_B] == list(images.labels)
     first = images.read_image(0)
-    view = data.cfg.eval_sampler.view(images.keys[0], 0, (first.height, first.width))
+    view = data.cfg.eval_sampler.view(images.keys[0], 0, first.shape[:2])
     np.testing.assert_array_equal(batches[0].images_BHWC[0], Renderer().render_view(first, view, 16))
     assert_same(batches, list(labelled(batch_size=batch_size, vertical_flip=True, seed=5).eval_batches()))
 

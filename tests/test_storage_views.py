@@ -1,4 +1,4 @@
-"""Views are functions of (seed, key, view index) with torchvision's distribution, and rendering is cut, then resize."""
+"""Views are functions of (seed, key, view index) with torchvision's distribution."""
 
 import json
 import math
@@ -14,13 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import ValidationError
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms import RandomResizedCrop as TorchvisionCrop
-from torchvision.transforms import functional as tvf
 
-from storage.views import CentreCrop, RandomResizedCrop, Renderer, View, load_sampler
+from storage.views import CentreCrop, RandomResizedCrop, View, load_sampler
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = st.one_of(st.integers(1, 12), st.integers(1, 5000))
@@ -33,10 +30,6 @@ SAMPLERS = st.builds(
     st.floats(0, 1),
     st.integers(0, 2**63),
 )
-
-
-def noise(height: int, width: int, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8))
 
 
 def largest_gap(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> float:
@@ -143,70 +136,6 @@ def test_centre_crop_is_a_central_square(image_hw: tuple[int, int], fraction: fl
     assert not view.flip
 
 
-# Rendering
-
-BOXES = [(0, 0, 60, 80), (7, 11, 40, 53), (20, 3, 1, 1), (59, 0, 1, 80), (10, 30, 32, 32)]
-
-
-@pytest.mark.parametrize("out_px", [8, 32, 100])
-@pytest.mark.parametrize("kernel", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("box", BOXES)
-def test_rendering_is_torchvisions_resized_crop(box: tuple[int, int, int, int], kernel: Any, out_px: int) -> None:
-    image, (top, left, height, width) = noise(60, 80), box
-    for flip in (False, True):
-        view = View(top=top, left=left, height=height, width=width, flip=flip)
-        theirs = tvf.resized_crop(image, *box, [out_px, out_px], InterpolationMode(kernel))
-        expected = np.asarray(tvf.hflip(theirs) if flip else theirs)
-        found = Renderer(kernel=kernel).render_view(image, view, out_px)
-        assert found.dtype == np.uint8 and found.flags.c_contiguous
-        np.testing.assert_array_equal(found, expected)
-
-
-def slowly_resized(pixels: NDArray[np.uint8], out_px: int) -> NDArray[np.float64]:
-    """The definition of antialiased bilinear: a triangle as wide as the reduction, over each axis in turn."""
-    result = pixels.astype(np.float64)
-    for axis in (1, 0):
-        size = result.shape[axis]
-        step = size / out_px
-        centres = (np.arange(out_px)[:, None] + 0.5) * step
-        weights = np.clip(1 - np.abs(np.arange(size) + 0.5 - centres) / max(step, 1), 0, None)
-        weights /= weights.sum(1, keepdims=True)
-        result = np.moveaxis(np.tensordot(weights, result, (1, axis)), 0, axis)
-    return result
-
-
-@pytest.mark.parametrize("out_px", [8, 31, 100])
-@pytest.mark.parametrize("box", BOXES)
-def test_rendering_is_an_antialiased_average(box: tuple[int, int, int, int], out_px: int) -> None:
-    image, (top, left, height, width) = noise(60, 80), box
-    found = Renderer().render_view(image, View(top=top, left=left, height=height, width=width), out_px)
-    slow = slowly_resized(np.asarray(image)[top : top + height, left : left + width], out_px)
-    assert np.abs(found - slow).max() < 1.51  # rounded to a byte twice: after the rows and after the columns
-
-
-def test_a_box_of_the_output_size_is_a_plain_cut() -> None:
-    image = noise(60, 80)
-    view = View(top=5, left=9, height=32, width=32)
-    cut = np.asarray(image)[5:37, 9:41]
-    np.testing.assert_array_equal(Renderer().render_view(image, view, 32), cut)
-    flipped = View(top=5, left=9, height=32, width=32, flip=True)
-    np.testing.assert_array_equal(Renderer().render_view(image, flipped, 32), cut[:, ::-1])
-
-
-def test_nothing_outside_the_box_shows() -> None:
-    inside, view = np.asarray(noise(60, 80)), View(top=10, left=20, height=30, width=40)
-    around = np.full_like(inside, 255)
-    around[10:40, 20:60] = inside[10:40, 20:60]
-    pair = [Renderer(kernel="bicubic").render_view(Image.fromarray(p), view, 64) for p in (inside, around)]
-    np.testing.assert_array_equal(*pair)
-
-
-def test_the_renderer_tells_what_decides_the_pixels() -> None:
-    from PIL import __version__
-
-    assert Renderer(kernel="bicubic").describe() == {"kernel": "bicubic", "library": "Pillow", "version": __version__}
-
-
 # Samplers as JSON
 
 
@@ -236,14 +165,3 @@ def test_samplers_are_equal_to_their_json(sampler: RandomResizedCrop | CentreCro
 def test_wrong_samplers_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         load_sampler(values)
-
-
-@pytest.mark.parametrize("kernel", ["bilinear", "bicubic"])
-def test_grey_pictures_render_as_if_they_were_rgb(kernel: str) -> None:
-    grey = Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 47)).astype(np.uint8))
-    renderer = Renderer.model_validate({"kernel": kernel})
-    for number in range(20):
-        view = RandomResizedCrop().view("grey", number, (61, 47))
-        for out_px in (16, 32, 90):
-            expected = renderer.render_view(grey.convert("RGB"), view, out_px)
-            np.testing.assert_array_equal(renderer.render_view(grey, view, out_px), expected)
