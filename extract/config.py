@@ -5,7 +5,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from storage.encodings import AnyEncoding, Fp16
 from storage.schema import Schema
+from storage.token_subset import TokenSubset
 from storage.views import CentreCrop, RandomResizedCrop, Renderer
 
 
@@ -43,11 +45,34 @@ class ExtractConfig(Schema):
     """Stored views an image."""
     sampler: RandomResizedCrop | CentreCrop = Field(default=RandomResizedCrop(), discriminator="kind")
     renderer: Renderer = Renderer()
+    layout: Literal["zarr", "wds"] = "zarr"
+    """`zarr`: arrays of tokens, images are read from their source; `wds`: tars that hold the rendered views too."""
+    encoding: AnyEncoding = Fp16()
+    """How tokens are stored: fp16 exactly, int8 in half the bytes, bit_round and zstd for archives."""
+    token_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Share of each view's tokens that is kept, drawn at random; below 1 for stores of very many views."""
+    keep_views: bool = False
+    """Keep the rendered views as JPEG, which the teacher then looks at; tars always do. They are several times cheaper
+    to read than the images."""
+    view_quality: int = Field(default=95, ge=50, le=100)
+    """Of these JPEGs."""
+    fit_views: int = Field(default=256, ge=1)
+    """Views that the int8 encoding's channel scales are fitted on."""
     records_per_shard: int = Field(default=512, ge=1)
     """Views in one shard, the unit of work and of commit; rounded down to whole images."""
     max_bad_fraction: float = Field(default=0.001, ge=0, le=1)
     """Share of images that may be unusable before the run stops; one is always forgiven."""
     run: ExecutionConfig = ExecutionConfig()
+
+    @property
+    def keeps_views(self) -> bool:
+        return self.keep_views or self.layout == "wds"
+
+    @property
+    def token_subset(self) -> TokenSubset | None:
+        """Drawn with the seed of the views."""
+        seed = self.sampler.seed if isinstance(self.sampler, RandomResizedCrop) else 0
+        return TokenSubset.of(self.token_fraction, seed)
 
     @property
     def images_per_shard(self) -> int:

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from storage.encodings import Encoding, Fields, fit_encoding
 from storage.errors import ConfigError
-from storage.fingerprint import digest_bytes
 from storage.image_list import ImageList
 from storage.jpeg import ViewCodec, encode_view
 from storage.lock import hold_lock
@@ -64,14 +63,9 @@ def plan_conversion(
             "encoding": encoding if encoding == plan.encoding else fit_encoding(encoding, _sample(source)),
             "token_subset": token_subset or plan.token_subset,
             "stored_views": views,
-            "labels_fingerprint": labels_fingerprint(source.images) if backend == "wds" else "",
+            "labels_fingerprint": source.images.labels_fingerprint if backend == "wds" else "",
         }
     )
-
-
-def labels_fingerprint(images: ImageList) -> str:
-    """Over the labels and the names of the classes."""
-    return digest_bytes(repr((tuple(images.classes), [int(label) for label in images.labels])).encode())
 
 
 def _sample(source: FeatureReader) -> NDArray[np.float16]:
