@@ -126,7 +126,7 @@ def measure(store: Path) -> Section:
     gigabytes = COLD_RECORDS * RECORD_BYTES / 1e9
     method = (
         f"{COLD_RECORDS:,} records, {gigabytes:.2f} GB in {COLD_RECORDS // SHARD_RECORDS} shards, dropped from the "
-        f"page cache before each run (fsync, posix_fadvise; a host below a virtual disk may still cache); wall seconds, "
-        f"best of {ROUNDS} rounds that take turns"
+        f"page cache before each run (fsync, posix_fadvise; a host below a virtual disk may still cache); wall "
+        f"seconds, best of {ROUNDS} rounds that take turns"
     )
     return Section("Shuffled reads, cold", method, speed_rows(contenders, seconds, gigabytes=gigabytes, unit="GB/s"))

@@ -54,9 +54,10 @@ def measure(folder: Path) -> Section:
     if photographs:
         rows += int8_rows(real_tokens(photographs))
     method = (
-        f"all files of a store of one shard of {SHARD_RECORDS} records, against the {RECORD_BYTES:,} bytes of a record's fp16 "
-        "tokens; mean and deviation of each token before whitening (1,576 bytes), view and checksums are included. "
-        f"int8: EfficientNet-Lite0's tokens of {len(photographs)} photographs of solar cells, scales fitted on one half, errors on the other"
+        f"all files of a store of one shard of {SHARD_RECORDS} records, against the {RECORD_BYTES:,} bytes "
+        "of a record's fp16 tokens; mean and deviation of each token before whitening (1,576 bytes), view and "
+        f"checksums are included. int8: EfficientNet-Lite0's tokens of {len(photographs)} photographs of solar cells, "
+        "scales fitted on one half, errors on the other"
     )
     return Section("Bytes a record", method, tuple(rows))
 
@@ -117,7 +118,7 @@ def views_of(photographs: list[Path]) -> NDArray[np.uint8]:
     sampler, renderer, views = CentreCrop(), Renderer(), []
     for path in photographs:
         image = decode_image(path.read_bytes())
-        view = sampler.view(path.name, 0, (image.height, image.width))
+        view = sampler.view(path.name, 0, image.shape[:2])
         views.append(renderer.render_view(image, view, VIEW_PX))
     return np.stack(views)
 
