@@ -33,11 +33,16 @@ _ROWS_AT_ONCE = 1 << 16
 def encode_columns(header: bytes, columns: Sequence[NDArray[Any]]) -> bytes:
     """The bytes of a file of columns; `header` is JSON."""
     header += b" " * (-len(header) % 8)
-    pieces = [MAGIC, len(header).to_bytes(8, "little"), header]
+    pieces: list[bytes | memoryview] = [MAGIC, len(header).to_bytes(8, "little"), header]
     for column in columns:
-        pieces += [column.tobytes(), bytes(-column.nbytes % 8)]
+        pieces += [raw_bytes(column), bytes(-column.nbytes % 8)]
     pieces.append(digest_pieces(pieces).encode())
     return b"".join(pieces)
+
+
+def raw_bytes(column: NDArray[Any]) -> memoryview:
+    """The bytes of an array, without a copy where they lie side by side."""
+    return np.ascontiguousarray(column).reshape(-1).view(np.uint8).data
 
 
 def open_columns(path: Path, data: bytes) -> tuple[bytes, memoryview]:
@@ -75,6 +80,15 @@ def cut_columns(
     ]
 
 
+def as_run(is_taken_N: NDArray[np.bool_]) -> slice | NDArray[np.bool_]:
+    """Rows that lie side by side, as a slice; others as they are."""
+    taken = np.flatnonzero(is_taken_N)
+    if not len(taken):
+        return slice(0, 0)
+    first, end = int(taken[0]), int(taken[-1]) + 1
+    return slice(first, end) if end - first == len(taken) else is_taken_N
+
+
 class Keys(Sequence[str]):
     """Different strings in ascending order: one block of UTF-8 and where each ends, instead of an object a string.
 
@@ -108,9 +122,12 @@ class Keys(Sequence[str]):
             return f"a key that is no text ({error})"
         return ""
 
-    def select(self, is_taken_N: NDArray[np.bool_]) -> "Keys":
-        """Some of the strings, in the same order."""
-        return Keys(self.block[np.repeat(is_taken_N, self.lengths_N)], self.lengths_N[is_taken_N])
+    def select(self, rows: slice | NDArray[np.bool_]) -> "Keys":
+        """Some of the strings, in the same order; a slice takes no memory."""
+        if isinstance(rows, slice):
+            first, end, _ = rows.indices(len(self))
+            return Keys(self.block[self._starts_N1[first] : self._starts_N1[max(first, end)]], self.lengths_N[rows])
+        return Keys(self.block[np.repeat(rows, self.lengths_N)], self.lengths_N[rows])
 
     def find(self, key: str) -> int | None:
         """Position of a string; None where it is not there."""

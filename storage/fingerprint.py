@@ -16,7 +16,7 @@ def digest_bytes(data: bytes | memoryview) -> str:
     return blake3(data).hexdigest()[:FINGERPRINT_CHARS]
 
 
-def digest_parts(parts: Iterable[bytes]) -> str:
+def digest_parts(parts: Iterable[bytes | memoryview]) -> str:
     """Digest of a sequence of byte strings; the boundaries count."""
     hasher = blake3()
     for part in parts:

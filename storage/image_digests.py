@@ -29,7 +29,8 @@ THREADS = 16
 """Most of them wait for the disk."""
 BLOCK_IMAGES = 64
 SAVE_SECONDS = 30.0
-"""Between two savings during a pass; more where a saving takes long."""
+"""Between two savings during a pass; more where that would take a larger share of the time than the next."""
+SAVE_SHARE = 0.05
 UNREADABLE = bytes(DIGEST_BYTES).hex()
 """Stands for the digest of an image that could not be read. Such an image is tried again every time."""
 
@@ -82,7 +83,7 @@ def take_digests(
             if not is_saved and now - saved_at > pause:
                 _save(cache_path, images.select(is_known_N))
                 is_saved, saved_at = True, time.monotonic()
-                pause = max(SAVE_SECONDS, 20 * (saved_at - now))
+                pause = max(SAVE_SECONDS, (saved_at - now) / SAVE_SHARE)
     finally:  # also when interrupted
         if not is_saved:
             _save(cache_path, images.select(is_known_N))

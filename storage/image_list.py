@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from storage.columns import DIGEST_BYTES, Digests, Keys, cut_columns, encode_columns, open_columns
+from storage.columns import DIGEST_BYTES, Digests, Keys, as_run, cut_columns, encode_columns, open_columns, raw_bytes
 from storage.decode import decode_image
 from storage.errors import DamagedError, InputError
 from storage.fingerprint import digest_bytes, digest_parts
@@ -82,8 +82,13 @@ class ImageList:
     def fingerprint(self) -> str:
         """Over the ordered keys and contents."""
         return digest_parts(
-            column.tobytes() for column in (self.keys.lengths_N, self.keys.block, self.digests.rows_N16)
+            raw_bytes(column) for column in (self.keys.lengths_N, self.keys.block, self.digests.rows_N16)
         )
+
+    @cached_property
+    def labels_fingerprint(self) -> str:
+        """Over the labels and the names of the classes."""
+        return digest_parts([*(name.encode() for name in self.classes), self.labels.tobytes()])
 
     def position(self, key: str) -> int:
         """Raises KeyError where there is no such image."""
@@ -99,10 +104,11 @@ class ImageList:
         )
 
     def select(self, is_taken_N: NDArray[np.bool_]) -> "ImageList":
-        """Some of the images, in the same order."""
+        """Some of the images, in the same order; those of a folder of their own take no memory."""
+        rows = as_run(is_taken_N)
         return ImageList(
-            location=self.location, classes=self.classes, keys=self.keys.select(is_taken_N),
-            labels=self.labels_N[is_taken_N], digests=Digests(self.digests.rows_N16[is_taken_N]),
+            location=self.location, classes=self.classes, keys=self.keys.select(rows), labels=self.labels_N[rows],
+            digests=Digests(self.digests.rows_N16[rows]),
         )  # fmt: skip
 
     def read_image(self, position: int) -> NDArray[np.uint8]:

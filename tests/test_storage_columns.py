@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from storage.columns import MAGIC, Digests, Keys, cut_columns, encode_columns, open_columns
+from storage.columns import MAGIC, Digests, Keys, as_run, cut_columns, encode_columns, open_columns
 from storage.errors import DamagedError
 from storage.fingerprint import FINGERPRINT_CHARS, digest_bytes
 
@@ -42,7 +42,10 @@ def test_keys_are_a_sorted_tuple(names: list[str], others: list[str], data: st.D
     assert keys[where] == truth[where]
     is_taken = data.draw(st.lists(st.booleans(), min_size=len(truth), max_size=len(truth)))
     taken = tuple(key for key, is_one in zip(truth, is_taken, strict=True) if is_one)
-    assert keys.select(np.array(is_taken, np.bool_)) == taken
+    is_taken_N = np.array(is_taken, np.bool_)
+    assert keys.select(is_taken_N) == keys.select(as_run(is_taken_N)) == taken
+    first, end = sorted(data.draw(st.tuples(st.integers(0, len(truth)), st.integers(0, len(truth)))))
+    assert keys.select(slice(first, end)) == truth[first:end]
     asked = sorted(others)
     assert keys.match(Keys.encode(asked)).tolist() == [truth.index(key) if key in truth else -1 for key in asked]
     assert keys.match(Keys.encode(truth)).tolist() == list(range(len(truth)))
