@@ -22,7 +22,9 @@ from PIL import Image
 
 from storage.fingerprint import digest_bytes
 from storage.image_index import ImageIndex, ImageList, build_index, save_index
-from storage.records import FeatureRecord, FeatureSpec, ImageKey, StorePlan
+from storage.jpeg import ViewCodec, encode_view
+from storage.memory import MemoryStore
+from storage.records import BadImage, FeatureRecord, FeatureSpec, ImageKey, StoredViews, StorePlan
 from storage.views import CentreCrop, RandomResizedCrop, Renderer
 from storage.writer import ShardWriter, create_store, finish_store
 
@@ -83,9 +85,9 @@ def image_list() -> Callable[[int], ImageList]:
 
 @pytest.fixture
 def store_plan() -> Callable[..., StorePlan]:
-    """A plan for a store of made-up tokens."""
+    """A plan for a store of made-up tokens; `view_px` makes it keep rendered views of that size."""
 
-    def make(images: ImageList, **changes: object) -> StorePlan:
+    def make(images: ImageList, *, view_px: int | None = None, **changes: object) -> StorePlan:
         values = {
             "features": FeatureSpec(teacher="made-up", num_prefix_tokens=1, grid_hw=(2, 3), channels=8),
             "whitening": {"kind": "layer_norm", "eps": 1e-5},
@@ -98,20 +100,35 @@ def store_plan() -> Callable[..., StorePlan]:
             "views_per_image": 2,
             "images_per_shard": 3,
         } | changes
+        if view_px is not None:
+            values["stored_views"] = StoredViews(px=view_px, codec=ViewCodec(px=view_px).describe())
         return StorePlan.model_validate(values)
 
     return make
 
 
-def made_up_record(plan: StorePlan, key: str, view_index: int, seed: int = 0) -> FeatureRecord:
-    """Random tokens that belong to (key, view index)."""
+def make_up_record(plan: StorePlan, key: str, view_index: int, seed: int = 0) -> FeatureRecord:
+    """Random tokens, and pixels where the plan stores them, that belong to (key, view index)."""
     generator = np.random.default_rng([seed, view_index, *key.encode()])
     tokens = plan.features.num_tokens
-    return FeatureRecord(
-        ImageKey(key), view_index, RandomResizedCrop().view(key, view_index, (50, 60)),
-        generator.normal(size=plan.features.shape_TC).astype(np.float16),
-        generator.normal(size=tokens).astype(np.float32), generator.uniform(0.5, 2, tokens).astype(np.float32),
-    )  # fmt: skip
+    tokens_TC = generator.normal(size=plan.features.shape_TC).astype(np.float16)
+    mean_T = generator.normal(size=tokens).astype(np.float32)
+    std_T = generator.uniform(0.5, 2, tokens).astype(np.float32)
+    if plan.token_subset is not None:
+        kept = plan.token_subset.positions(key, view_index, tokens)
+        tokens_TC, mean_T, std_T = tokens_TC[kept], mean_T[kept], std_T[kept]
+    view = RandomResizedCrop().view(key, view_index, (50, 60))
+    jpeg = None
+    if plan.stored_views is not None:
+        px = plan.stored_views.px
+        jpeg = encode_view(generator.integers(0, 256, (px, px, 3)).astype(np.uint8), plan.stored_views.codec["quality"])
+    return FeatureRecord(ImageKey(key), view_index, view, tokens_TC, mean_T, std_T, jpeg)
+
+
+@pytest.fixture
+def made_up_record() -> Callable[..., FeatureRecord]:
+    """The record that belongs to (plan, key, view index, seed)."""
+    return make_up_record
 
 
 @pytest.fixture
@@ -127,7 +144,7 @@ def fill_shard() -> Callable[..., ShardWriter]:
                 writer.mark_bad(key, "made up to be bad")
                 continue
             for view in range(plan.views_per_image):
-                writer.append(made_up_record(plan, key, view, seed))
+                writer.append(make_up_record(plan, key, view, seed))
         return writer
 
     return fill
@@ -145,6 +162,25 @@ def make_store(tmp_path: Path, image_list, store_plan, fill_shard):  # type: ign
             fill_shard(root, plan, images, index, bad=tuple(images.keys[n] for n in bad)).commit()
         finish_store(root)
         return root, plan, images
+
+    return make
+
+
+@pytest.fixture
+def make_memory_store(image_list, store_plan):  # type: ignore[no-untyped-def]
+    """The same store in memory, whose plan says nothing of a layout."""
+
+    def make(*, num_images: int = 8, bad: tuple[int, ...] = (), **changes: object) -> MemoryStore:
+        images = image_list(num_images)
+        plan = store_plan(images, **{**changes, "backend": "memory"})
+        records = (
+            make_up_record(plan, key, view)
+            for number, key in enumerate(images.keys)
+            if number not in bad
+            for view in range(plan.views_per_image)
+        )
+        reasons = [BadImage(key=images.keys[number], reason="made up to be bad") for number in bad]
+        return MemoryStore(plan, images, records, reasons)
 
     return make
 
