@@ -4,33 +4,22 @@ Decoders and `pread` release the interpreter lock, so threads serve here; worker
 """
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.image_index import ImageList
+from storage.image_list import ImageList
+from storage.ring import iter_filled
 
 Batch = TypeVar("Batch")
 
 
 def prefetch(load: Callable[[int], Batch], first: int, last: int, *, threads: int, ahead: int) -> Iterator[Batch]:
-    """Yield `load(first)` ... `load(last - 1)` in order, with up to `ahead` of them under way."""
-    steps = iter(range(first, last))
-    pool = ThreadPoolExecutor(threads)
-    waiting: deque[Future[Batch]] = deque()
-    try:
-        waiting.extend(pool.submit(load, step) for step in islice(steps, ahead))
-        while waiting:
-            batch = waiting.popleft().result()
-            waiting.extend(pool.submit(load, step) for step in islice(steps, 1))
-            yield batch
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    """Yield `load(first)` ... `load(last - 1)` in order, with up to `ahead` of them under way: a ring for batches that
+    differ in size, each in memory of its own."""
+    return iter_filled(lambda step, _: load(step), lambda: None, first, last, threads=threads, depth=ahead + 1)
 
 
 class ImageCache:

@@ -1,27 +1,49 @@
 """A store and its images to batches: the same crop that the teacher saw, beside what the teacher said about it."""
 
+import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from distill.config import DistillConfig
-from distill.order import EpochOrder, ViewOrder, num_steps
-from distill.prefetch import ImageCache, prefetch
-from storage.errors import BadImageError, InputError
+from distill.loop import choose_device
+from distill.order import POOL_IMAGES, Draw, EpochOrder, ViewOrder, num_steps
+from distill.pixels import open_pixels
+from storage.ring import iter_filled
 from storage.store import FeatureReader
-from storage.views import Renderer
+
+HELD_BATCHES = 2
+"""Batches that stay valid: the loop's, and the one before it, whose copy to the device may be under way."""
+
+HINT_STEPS = 2
+"""How far ahead of its batches the stream tells the disk what it is going to read."""
 
 
 class DistillBatch(NamedTuple):
-    """One step's data."""
+    """One step's data, in memory that is used again: whoever keeps a batch over two steps must copy it."""
 
     step: int
     images_BHWC: Tensor  # uint8, the student's input size
-    targets_BTC: Tensor  # float16, whitened
+    encoded: dict[str, Tensor]
+    """The whitened tokens as the store keeps them: `tokens` (B, T, C), and what their encoding needs to decode them."""
+    positions_BT: Tensor | None
+    """int64, of these tokens among all of a view's; None where the store keeps all."""
     keys: list[str]
+
+    @property
+    def targets_BTC(self) -> Tensor:
+        """The tokens, where their encoding needs nothing else to decode them."""
+        (tokens_BTC,) = self.encoded.values()
+        return tokens_BTC
+
+
+class _Buffer(NamedTuple):
+    images_BHWC: NDArray[np.uint8]
+    encoded: dict[str, NDArray[Any]]
 
 
 class DistillStream:
@@ -31,41 +53,60 @@ class DistillStream:
         """`location`: where the images of the store lie on this machine."""
         self.reader, self.cfg = reader, cfg
         plan = reader.plan
-        images = reader.images.at(location)
-        images.source.list_images()  # tars: the scan, once, before threads start
-        self.images = ImageCache(images, cfg.run.image_cache_mb << 20)
-        self.keys = images.keys
+        self.keys = reader.images.keys
+        self.pixels = open_pixels(reader, location, cfg.student.input_px, cfg.run.image_cache_mb << 20)
         self.order = EpochOrder(reader.usable_images(), plan.images_per_shard, cfg.seed)
         self.view_order = ViewOrder(plan.num_images, plan.views_per_image, cfg.seed)
-        self.renderer = Renderer(kernel=plan.renderer["kernel"])
         self.num_steps = num_steps(len(self.order), cfg.epochs, cfg.batch_size)
 
     def batches(self, start: int) -> Iterator[DistillBatch]:
-        """All batches from step `start` on."""
+        """All batches from step `start` on; of these, the newest `HELD_BATCHES` are valid at a time."""
+
+        def hint(step: int) -> None:
+            self.reader.hint(self._records(self.order.coming(step, self.cfg.batch_size)))
+            if (step - start) * self.cfg.batch_size < 2 * POOL_IMAGES:  # nobody announced these a pool ago
+                self.reader.hint(self._records(self.order.batch(step, self.cfg.batch_size)))
+
         run = self.cfg.run
-        return prefetch(self.load, start, self.num_steps, threads=run.loaders, ahead=run.prefetch)
+        return iter_filled(
+            self._fill, self._new_buffer, start, self.num_steps, threads=run.loaders,
+            depth=HELD_BATCHES + run.prefetch, held=HELD_BATCHES, hint=hint, look_ahead=HINT_STEPS,
+        )  # fmt: skip
 
     def load(self, step: int) -> DistillBatch:
-        """The batch of one step.
+        """The batch of one step, in memory of its own.
 
         Raises:
             InputError: an image that the teacher saw is gone or has changed.
             DamagedError: a stored record is damaged.
         """
+        return self._fill(step, self._new_buffer())
+
+    def _new_buffer(self) -> _Buffer:
+        allocate = pinned_empty if choose_device(self.cfg.run.device).type == "cuda" else np.empty
+        size, side = self.cfg.batch_size, self.cfg.student.input_px
+        return _Buffer(allocate((size, side, side, 3), np.uint8), self.reader.new_batch(size, allocate))
+
+    def _fill(self, step: int, buffer: _Buffer) -> DistillBatch:
         draw = self.order.batch(step, self.cfg.batch_size)
-        records_B = draw.positions_B * self.reader.plan.views_per_image + self.view_order.views(draw)
-        targets_BTC = np.empty((len(records_B), *self.reader.plan.features.shape_TC), np.float16)
-        self.reader.read_batch(records_B, targets_BTC)
-        side = self.cfg.student.input_px
-        images_BHWC = np.empty((len(records_B), side, side, 3), np.uint8)
-        for number, (position, view) in enumerate(zip(draw.positions_B, self.reader.views(records_B), strict=True)):
-            try:
-                image = self.images.read(int(position))
-            except BadImageError as error:
-                raise InputError(
-                    f"image {self.keys[position]!r} was readable when its features were extracted and is not now "
-                    f"({error}); bring it back, or extract again"
-                ) from error
-            images_BHWC[number] = self.renderer.render_view(image, view, side)
-        keys = [self.keys[position] for position in draw.positions_B]
-        return DistillBatch(step, torch.from_numpy(images_BHWC), torch.from_numpy(targets_BTC), keys)
+        records_B = self._records(draw)
+        self.reader.read_encoded(records_B, buffer.encoded)
+        self.pixels.fill(records_B, buffer.images_BHWC)
+        positions_BT = self.reader.positions(records_B)
+        return DistillBatch(
+            step,
+            images_BHWC=torch.from_numpy(buffer.images_BHWC),
+            encoded={name: torch.from_numpy(array) for name, array in buffer.encoded.items()},
+            positions_BT=None if positions_BT is None else torch.from_numpy(positions_BT),
+            keys=[self.keys[position] for position in draw.positions_B.tolist()],
+        )
+
+    def _records(self, draw: Draw) -> NDArray[np.int64]:
+        return draw.positions_B * self.reader.plan.views_per_image + self.view_order.views(draw)
+
+
+def pinned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """Memory that is copied to a GPU while the GPU computes."""
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    flat: NDArray[Any] = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+    return flat.view(dtype).reshape(shape)

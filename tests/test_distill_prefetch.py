@@ -60,7 +60,7 @@ def test_several_threads_are_at_work_together() -> None:
 
 
 def workers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("decant-ring")]
 
 
 def test_an_error_comes_at_its_place_and_ends_the_threads() -> None:

@@ -1,16 +1,19 @@
 """A batch holds the view that the teacher saw, beside what the store says about it."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import zarr
+from numpy.typing import NDArray
 from PIL import Image
 
 from distill.config import DistillConfig, StudentConfig, TrainRunConfig
-from distill.stream import DistillBatch, DistillStream
+from distill.stream import HELD_BATCHES, DistillBatch, DistillStream
 from extract.config import ExecutionConfig, ExtractConfig
 from extract.run import run
 from storage.errors import DamagedError, InputError
@@ -30,11 +33,29 @@ def open_stream(data: Path, store: Path, cfg: DistillConfig = CFG) -> DistillStr
     return DistillStream(open_store(store), load_index(data).location, cfg)
 
 
+def all_batches(stream: DistillStream, start: int = 0) -> list[DistillBatch]:
+    """Copies, since a stream uses its memory again."""
+    return [
+        batch._replace(
+            images_BHWC=batch.images_BHWC.clone(), encoded={name: part.clone() for name, part in batch.encoded.items()}
+        )
+        for batch in stream.batches(start)
+    ]
+
+
+def extract(data: Path, out: Path, **settings: object) -> Path:
+    inline = ExecutionConfig(executor="inline", device="cpu")
+    run(ExtractConfig.model_validate({"teacher": "toy", "views": VIEWS, "run": inline} | settings), {"data": data}, out)
+    return out
+
+
 def assert_equal(one: DistillBatch, other: DistillBatch) -> None:
     assert one.step == other.step
     assert one.keys == other.keys
     assert one.images_BHWC.equal(other.images_BHWC)
-    assert one.targets_BTC.numpy().tobytes() == other.targets_BTC.numpy().tobytes()
+    assert one.encoded.keys() == other.encoded.keys()
+    for name, part in one.encoded.items():
+        assert part.numpy().tobytes() == other.encoded[name].numpy().tobytes()
 
 
 @pytest.mark.parametrize("student_px", [32, 64])
@@ -46,7 +67,7 @@ def test_images_and_targets_belong_to_one_view(student_px: int, toy_store: ToySt
     arrays, images = zarr.open_group(str(store), mode="r"), load_index(data).split("train")
     tokens_RTC, views_RF = np.asarray(arrays["tokens"][:]), np.asarray(arrays["views"][:])
     seen: Counter[int] = Counter()
-    batches = list(stream.batches(0))
+    batches = all_batches(stream)
     assert [batch.step for batch in batches] == list(range(16 * CFG.epochs // CFG.batch_size))
     for batch in batches:
         assert batch.images_BHWC.shape == (5, student_px, student_px, 3)
@@ -71,7 +92,7 @@ def test_threads_memory_and_the_first_step_change_nothing(toy_store: ToyStore) -
     plain = [open_stream(data, store).load(step) for step in range(19)]
     for loaders, prefetch, cache_mb, start in [(1, 1, 0, 0), (4, 9, 64, 0), (3, 2, 0, 7), (2, 4, 64, 18)]:
         run_cfg = TrainRunConfig(loaders=loaders, prefetch=prefetch, image_cache_mb=cache_mb)
-        batches = list(open_stream(data, store, CFG.model_copy(update={"run": run_cfg})).batches(start))
+        batches = all_batches(open_stream(data, store, CFG.model_copy(update={"run": run_cfg})), start)
         for one, other in zip(plain[start:], batches, strict=True):
             assert_equal(one, other)
 
@@ -90,10 +111,8 @@ def test_bad_images_never_appear(
     for key in bad:
         (images / key).write_bytes(b"no picture")
     data, _ = make_index(images, eval_fraction=0)
-    inline = ExecutionConfig(executor="inline", device="cpu")
-    cfg = ExtractConfig(teacher="toy", views=2, records_per_shard=6, max_bad_fraction=0.2, run=inline)
-    run(cfg, {"data": data}, tmp_path / "store")
-    stream = open_stream(data, tmp_path / "store")
+    store = extract(data, tmp_path / "store", views=2, records_per_shard=6, max_bad_fraction=0.2)
+    stream = open_stream(data, store)
     assert len(stream.order) == 18
     seen = Counter(key for batch in stream.batches(0) for key in batch.keys)
     assert set(seen) == set(stream.keys) - set(bad)
@@ -121,7 +140,7 @@ def test_a_damaged_record_ends_the_stream(toy_store: ToyStore) -> None:
     content = bytearray(path.read_bytes())
     content[100] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DamagedError, match="does not match its checksum"):
+    with pytest.raises(DamagedError, match=r"record .* is damaged"):
         list(open_stream(data, store).batches(0))
 
 
@@ -130,3 +149,115 @@ def test_the_images_may_have_moved(toy_store: ToyStore, tmp_path: Path) -> None:
     before = open_stream(data, store).load(4)
     moved = (tmp_path / "images").rename(tmp_path / "elsewhere")
     assert_equal(before, DistillStream(open_store(store), str(moved), CFG).load(4))
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_used_again_and_a_batch_stays_valid_for_two_steps(toy_store: ToyStore) -> None:
+    data, store = toy_store(views=VIEWS)
+    cfg = CFG.model_copy(update={"run": TrainRunConfig(device="cpu", loaders=3, prefetch=4)})
+    stream = open_stream(data, store, cfg)
+    addresses: set[tuple[int, ...]] = set()
+    before: DistillBatch | None = None
+    for batch in stream.batches(0):
+        addresses.add((batch.images_BHWC.data_ptr(), batch.encoded["tokens"].data_ptr()))
+        for held in filter(None, (before, batch)):
+            assert_equal(held, stream.load(held.step))
+        before = batch
+    assert len(addresses) == HELD_BATCHES + 4
+
+
+def test_the_disk_is_told_of_all_records_before_they_are_read(
+    toy_store: ToyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a resume in the middle of a pool; and once the first pools are over, block by block."""
+    monkeypatch.setattr("distill.order.POOL_IMAGES", 6)
+    monkeypatch.setattr("distill.stream.POOL_IMAGES", 6)
+    data, store = toy_store(views=VIEWS)
+    one_thread = TrainRunConfig(device="cpu", loaders=1)
+    stream = open_stream(data, store, CFG.model_copy(update={"run": one_thread, "batch_size": 2}))
+    events: list[tuple[str, list[int]]] = []
+    read_encoded = stream.reader.read_encoded
+
+    def read(records_B: NDArray[np.int64], out: Mapping[str, NDArray[Any]]) -> None:
+        events.append(("read", records_B.tolist()))
+        read_encoded(records_B, out)
+
+    monkeypatch.setattr(stream.reader, "hint", lambda records_B: events.append(("hint", records_B.tolist())))
+    monkeypatch.setattr(stream.reader, "read_encoded", read)
+    start = 5
+    for _ in stream.batches(start):
+        pass
+    hinted: Counter[int] = Counter()
+    num_read = 0
+    for what, records in events:
+        for record in records:
+            hinted[record] += 1 if what == "hint" else -1
+            assert hinted[record] >= 0
+        num_read += what == "read"
+    assert num_read == stream.num_steps - start
+    assert len([what for what, _ in events if what == "hint"]) == num_read + 6, "twelve images from the start on"
+
+
+# ---- stores of other kinds -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{"layout": "wds"}, {"layout": "zarr", "keep_views": True}])
+def test_stored_views_are_taken_instead_of_the_images(
+    settings: dict[str, object], make_index: Callable[..., tuple[Path, ImageIndex]], tmp_path: Path
+) -> None:
+    data, index = make_index()
+    store = extract(data, tmp_path / "store", **settings)
+    images = index.split("train")
+    rendered = open_stream(data, extract(data, tmp_path / "other"))
+    stream = DistillStream(open_store(store), str(tmp_path / "nowhere"), CFG)
+    for step in range(10):
+        one, other = stream.load(step), rendered.load(step)
+        assert one.keys == other.keys, "whatever a store holds, its order is the same"
+        error = np.abs(one.images_BHWC.numpy().astype(int) - other.images_BHWC.numpy())
+        assert 0 < error.mean() < 20, "the same view, through JPEG: random pixels suffer most"
+    larger = CFG.model_copy(update={"student": CFG.student.model_copy(update={"input_px": 64, "patch_px": 16})})
+    batch = open_stream(data, store, larger).load(0)
+    assert batch.images_BHWC.shape == (5, 64, 64, 3), "of another size: rendered from the images"
+    assert len(images) == 16
+
+
+def test_a_stored_view_that_is_no_picture_is_damage(
+    make_index: Callable[..., tuple[Path, ImageIndex]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, _ = make_index()
+    stream = open_stream(data, extract(data, tmp_path / "store", keep_views=True))
+    monkeypatch.setattr(stream.reader, "read_jpegs", lambda records_B: [b"no picture"] * len(records_B))
+    with pytest.raises(DamagedError, match=r"the view of record .* is not a whole JPEG"):
+        stream.load(0)
+
+
+def test_int8_tokens_travel_undecoded(make_index: Callable[..., tuple[Path, ImageIndex]], tmp_path: Path) -> None:
+    data, _ = make_index()
+    plain = open_stream(data, extract(data, tmp_path / "plain"))
+    stream = open_stream(data, extract(data, tmp_path / "int8", encoding={"kind": "int8"}))
+    batch = stream.load(3)
+    assert {name: part.dtype for name, part in batch.encoded.items()} == {
+        "tokens": torch.int8,
+        "token_scale": torch.float16,
+    }
+    decoded_BTC = np.empty((5, 17, 24), np.float16)
+    stream.reader.plan.encoding.decode({name: part.numpy() for name, part in batch.encoded.items()}, decoded_BTC)
+    np.testing.assert_allclose(decoded_BTC, plain.load(3).targets_BTC.numpy(), atol=0.05)
+    with pytest.raises(ValueError, match="too many values"):
+        batch.targets_BTC  # noqa: B018  # they would be taken for tokens
+
+
+def test_a_subset_of_tokens_comes_with_its_positions(
+    make_index: Callable[..., tuple[Path, ImageIndex]], tmp_path: Path
+) -> None:
+    data, _ = make_index()
+    plain = open_stream(data, extract(data, tmp_path / "plain"))
+    assert plain.load(0).positions_BT is None
+    stream = open_stream(data, extract(data, tmp_path / "few", token_fraction=0.3))
+    batch, whole_BTC = stream.load(3), plain.load(3).targets_BTC
+    assert batch.positions_BT is not None
+    for tokens_TC, all_TC, positions_T in zip(batch.targets_BTC, whole_BTC, batch.positions_BT, strict=True):
+        assert tokens_TC.equal(all_TC[positions_T])
+    assert len({tuple(row) for row in batch.positions_BT.tolist()}) > 1
