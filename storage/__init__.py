@@ -23,7 +23,8 @@ image_digests.py digests of a data set's images, each taken once
 image_index.py  all images of a data set and their split: list, digest, divide
 files.py        where a store's files are, on a disk or behind a URL
 shards.py       a shard in memory, and what every layout must be able to do with one
-zarr_format.py  the Zarr v3 layout: the bytes of its arrays
+zarr_metadata.py the Zarr v3 layout: which arrays there are
+zarr_format.py  the Zarr v3 layout: the bytes of their chunks and shards
 tar_format.py   the WebDataset layout: a tar and an offset index a shard
 layouts.py      the layouts by name
 receipts.py     which shards exist

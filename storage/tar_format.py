@@ -1,18 +1,20 @@
 """The WebDataset layout: a tar a shard that holds all there is of its records, and an offset index beside it.
 
     shards/00017.tar        members of record 000000123, in this order:
-        000000123.json          key, label, class, view index, view
+        000000123.json          key, label, class, view index, view; token positions, for a part of the tokens
         000000123.jpg           the rendered view, where the store keeps them
         000000123.stats.npy     (2, T) float32: mean and standard deviation of each token before whitening
         000000123.scale.npy     (T,) float16, for int8
         000000123.tokens.npy    (T, C) float16 or int8; compressed encodings: .tokens.zst, .tokens.blosc
-    shards/00017.index.npy  one row a slot: where these lie, their crc32c, the view
+    shards/00017.index.npy  one row a slot: where these lie, their crc32c, the view (`INDEX_DTYPE`)
     dataset.json            the plan, for whoever finds the tars alone
 
 A record without tokens has no members. Names are record numbers, never image keys: those may hold dots, `../` or
 anything else, and stand in the JSON. Headers carry no time and no owner, so equal records give equal bytes.
 """
 
+import ast
+import contextlib
 import io
 import json
 import tarfile
@@ -26,10 +28,12 @@ from storage.encodings import BitRound, Zstd
 from storage.errors import DamagedError
 from storage.files import REMEDY, Files, Piece
 from storage.fingerprint import crc32c
+from storage.jpeg import max_view_bytes
 from storage.records import ShardEntry, StorePlan
 from storage.shards import VIEW_FIELDS, Layout, PackedRecord, Pieces, ShardContent, SmallFiles, Spans, check_crc32c
 
 BLOCK = tarfile.BLOCKSIZE
+NPY_MAGIC = b"\x93NUMPY\x01\x00"
 INDEX_DTYPE = np.dtype(
     [
         ("tokens_offset", "<i8"), ("tokens_bytes", "<u4"),
@@ -93,6 +97,9 @@ def _pack_record(
         "view_index": record.view_index,
         "view": dict(zip(VIEW_FIELDS, record.view_F.tolist(), strict=True)),
     }
+    if plan.token_subset is not None:
+        positions = plan.token_subset.positions(record.key, record.view_index, plan.features.num_tokens)
+        facts["token_positions"] = positions.tolist()
     tar.add(f"{name}.json", json.dumps(facts, sort_keys=True, separators=(",", ":")).encode())
     jpeg = (-1, 0, 0)
     if record.jpeg is not None:
@@ -154,23 +161,62 @@ def npy_bytes(array: NDArray[Any]) -> bytes:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
+def read_npy(path: str, data: bytes, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
+    """The rows of a `.npy` file, as a view of `data`: nothing is unpickled, and no memory is taken for what it claims.
+
+    Raises:
+        DamagedError: it does not hold exactly `count` rows of `dtype`.
+    """
+    start = 10 + int.from_bytes(data[8:10], "little")
+    header: Any = None
+    with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that it may raise
+        header = ast.literal_eval(data[10:start].decode("latin-1").strip()) if data[:8] == NPY_MAGIC else None
+    expected = {"descr": dtype.descr, "fortran_order": False, "shape": (count,)}
+    if header != expected or len(data) - start != count * dtype.itemsize:
+        raise DamagedError(f"{path} is no .npy file of {count} rows of {dtype.itemsize} bytes; {REMEDY}")
+    return np.frombuffer(data, dtype, count, start)
+
+
+def _is_sound(rows: NDArray[Any], plan: StorePlan, tar_bytes: int) -> bool:
+    """Whether an index stays inside its tar, and is one that our writer could make."""
+    tokens, tokens_bytes = plan.num_kept_tokens, rows["tokens_bytes"].astype(np.int64)
+    jpeg_bytes = rows["jpeg_bytes"].astype(np.int64)
+    has_record = rows["tokens_offset"] != -1
+    least = most = plan.fields["tokens"].num_bytes
+    if plan.encoding.compressor() is not None:
+        least, most = 1, 2 * most + 1024  # no compressor makes a record longer than that
+    most_jpeg = max_view_bytes(plan.stored_views.px) if plan.stored_views else 0
+    sizes: dict[str, tuple[bool, Any]] = {
+        "tokens": (True, tokens_bytes),
+        "jpeg": (plan.stored_views is not None, jpeg_bytes),
+        "stats": (True, 8 * tokens),
+        "scale": ("token_scale" in plan.fields, 2 * tokens),
+    }
+    is_sound_R = ~has_record | ((tokens_bytes >= least) & (tokens_bytes <= most))
+    is_sound_R &= (jpeg_bytes <= most_jpeg) & ((jpeg_bytes > 0) == (rows["jpeg_offset"] != -1))
+    for kind, (is_kept, num_bytes) in sizes.items():
+        offsets = rows[f"{kind}_offset"]
+        is_inside = (offsets >= BLOCK) & (offsets <= tar_bytes - num_bytes)
+        is_sound_R &= np.where(has_record & is_kept, is_inside, offsets == -1)
+    return bool(is_sound_R.all())
+
+
 class TarShard:
     """One shard: its offset index parsed."""
 
     def __init__(self, plan: StorePlan, entry: ShardEntry, files: SmallFiles) -> None:
         self._plan, self._entry, self._files = plan, entry, files
+        self._name = index_name(entry.index)
         rows = self._index()
+        if not _is_sound(rows, plan, entry.file(tar_name(entry.index)).num_bytes):
+            raise DamagedError(f"{files.files.location}/{self._name} leads out of its tar; {REMEDY}")
         self.tokens = Spans(
             tar_name(entry.index), rows["tokens_offset"].copy(), rows["tokens_bytes"].copy(), entry.crc32c_R
         )
 
     def _index(self) -> NDArray[Any]:
-        name = index_name(self._entry.index)
-        data = self._files.read(self._entry, name)
-        rows = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-        if rows.dtype != INDEX_DTYPE or rows.shape != (self._plan.records_per_shard,):
-            raise DamagedError(f"{self._files.files.location}/{name} is not the index of such a shard; {REMEDY}")
-        return np.asarray(rows)
+        data = self._files.read(self._entry, self._name)
+        return read_npy(f"{self._files.files.location}/{self._name}", data, INDEX_DTYPE, self._plan.records_per_shard)
 
     @cached_property
     def jpegs(self) -> Spans:

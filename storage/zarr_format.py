@@ -4,6 +4,7 @@
     token_mean   (R, T)     one chunk a shard, as all below; float32
     token_std    (R, T)     float32
     token_scale  (R, T)     float16, for int8
+    token_positions (R, T)  int32, for a store of a part of the tokens: which of a view's tokens these are
     views        (R, 5)     int32: top, left, height, width, flip; all 0 for a hole
     view_jpegs   (bytes,)   uint8, sharded: the JPEGs of a shard one after the other, its unused end missing
     view_spans   (R, 2)     int64: where a record's JPEG begins and ends in `view_jpegs`
@@ -13,27 +14,32 @@ Record r is view r % K of image r // K. A token chunk, a small chunk and a shard
 file is written here in one pass and its index is parsed here once, because the library's own path costs 0.6 ms of CPU a
 record (it reads the shard index again for each); zarr-python creates the metadata and is the reference in the tests.
 
-Source of the layout: the Zarr v3 `sharding_indexed` codec specification, index at the end.
+Source of the layout: the Zarr v3 `sharding_indexed` codec specification, index at the end; see docs/format.md.
 """
 
-import json
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.encodings import BitRound, Zstd
 from storage.errors import DamagedError
-from storage.files import REMEDY, Files
+from storage.files import REMEDY
 from storage.fingerprint import crc32c_bytes
 from storage.jpeg import max_view_bytes
 from storage.records import ShardEntry, StorePlan
-from storage.shards import VIEW_FIELDS, Layout, Pieces, ShardContent, SmallFiles, Spans, small_dtypes
+from storage.shards import Layout, Pieces, ShardContent, SmallFiles, Spans
+from storage.zarr_metadata import (
+    JPEG_CHUNK_BYTES,
+    encode_metadata,
+    fill_value,
+    find_plan,
+    jpeg_capacity,
+    small_arrays,
+)
 
 CRC_BYTES = 4
 MISSING = np.uint64(2**64 - 1)
-JPEG_CHUNK_BYTES = 2**16
 
 
 def token_shard_name(index: int) -> str:
@@ -48,80 +54,6 @@ def jpeg_shard_name(index: int) -> str:
     return f"view_jpegs/c/{index}"
 
 
-def jpeg_capacity(plan: StorePlan) -> int:
-    """Bytes that a shard of `view_jpegs` spans: more than its JPEGs can ever have."""
-    assert plan.stored_views is not None
-    most = plan.records_per_shard * max_view_bytes(plan.stored_views.px)
-    return -(-most // JPEG_CHUNK_BYTES) * JPEG_CHUNK_BYTES
-
-
-def encode_metadata(plan: StorePlan) -> dict[str, bytes]:
-    """The metadata files of the group and its arrays. Made in memory, because zarr-python would first delete what is in
-    the folder, locks and shards included."""
-    import zarr
-    from zarr.codecs import Crc32cCodec
-    from zarr.storage import MemoryStore
-
-    files: dict[str, Any] = {}
-    records, shard, (tokens, channels) = plan.num_records, plan.records_per_shard, plan.shape_TC
-    group = zarr.create_group(MemoryStore(files), attributes={"decant": plan.to_json()})
-    dtype = np.dtype(plan.fields["tokens"].dtype)
-    group.create_array(
-        "tokens", shape=(records, tokens, channels), chunks=(1, tokens, channels), shards=(shard, tokens, channels),
-        dtype=dtype, compressors=(*_compressors(plan), Crc32cCodec()), filters=None, fill_value=_fill(dtype),
-    )  # fmt: skip
-    for name, (row, row_dtype) in _small_arrays(plan).items():
-        group.create_array(
-            name, shape=(records, *row), chunks=(shard, *row), dtype=row_dtype, compressors=Crc32cCodec(),
-            filters=None, fill_value=_fill(row_dtype),
-        )  # fmt: skip
-    if plan.stored_views is not None:
-        capacity = jpeg_capacity(plan)
-        group.create_array(
-            "view_jpegs", shape=(plan.num_shards * capacity,), chunks=(JPEG_CHUNK_BYTES,), shards=(capacity,),
-            dtype="uint8", compressors=None, filters=None, fill_value=0,
-        )  # fmt: skip
-    return {name: buffer.to_bytes() for name, buffer in files.items()}
-
-
-def _compressors(plan: StorePlan) -> tuple[Any, ...]:
-    """Codecs of the Zarr core, so that every library has them; the bytes are those of `encoding.compressor()`."""
-    from zarr.codecs import BloscCodec, ZstdCodec
-
-    encoding = plan.encoding
-    if isinstance(encoding, Zstd):
-        return (ZstdCodec(level=encoding.level),)
-    if isinstance(encoding, BitRound):
-        name = encoding.compressor_name
-        return (BloscCodec(typesize=2, cname=name, clevel=encoding.level, shuffle="bitshuffle"),)
-    return ()
-
-
-def _small_arrays(plan: StorePlan) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-    """Shape of a row, and type, of the arrays with one chunk a shard."""
-    tokens = plan.num_kept_tokens
-    arrays: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
-        name: ((tokens,), np.dtype(dtype)) for name, dtype in small_dtypes(plan).items()
-    }
-    arrays["views"] = ((len(VIEW_FIELDS),), np.dtype("<i4"))
-    if plan.stored_views is not None:
-        arrays |= {"view_spans": ((2,), np.dtype("<i8")), "view_crc32c": ((), np.dtype("<u4"))}
-    return arrays
-
-
-def _fill(dtype: np.dtype[Any]) -> float:
-    """What holes read as."""
-    return float("nan") if dtype.kind == "f" else 0
-
-
-def find_plan(files: Files) -> StorePlan | None:
-    """The copy of the plan among the group's attributes."""
-    try:
-        return StorePlan.model_validate(json.loads(files.read("zarr.json"))["attributes"]["decant"])
-    except (DamagedError, ValueError, KeyError, TypeError):
-        return None
-
-
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -129,7 +61,7 @@ def pack(plan: StorePlan, content: ShardContent) -> dict[str, Pieces]:
     """The files of one shard."""
     capacity, index = plan.records_per_shard, content.shard
     arrays = {
-        name: np.full((capacity, *row), _fill(dtype), dtype) for name, (row, dtype) in _small_arrays(plan).items()
+        name: np.full((capacity, *row), fill_value(dtype), dtype) for name, (row, dtype) in small_arrays(plan).items()
     }
     tokens = _ShardFile(capacity)
     jpegs: Pieces = []
@@ -141,6 +73,9 @@ def pack(plan: StorePlan, content: ShardContent) -> dict[str, Pieces]:
         arrays["views"][slot] = record.view_F
         for name, values in record.small.items():
             arrays[name][slot] = values
+        if plan.token_subset is not None:
+            positions = plan.token_subset.positions(record.key, record.view_index, plan.features.num_tokens)
+            arrays["token_positions"][slot] = positions
         if record.jpeg is not None:
             jpegs.append(record.jpeg)
             arrays["view_spans"][slot] = jpeg_end, jpeg_end + len(record.jpeg)
@@ -217,7 +152,8 @@ def decode_token_index(
     offsets, lengths = index[:, 0], index[:, 1]
     is_hole = offsets == MISSING
     starts, sizes = offsets[~is_hole], lengths[~is_hole]
-    is_inside = (sizes > CRC_BYTES) & (sizes < 2**31) & (starts <= file_bytes) & (starts + sizes <= file_bytes)
+    most = 2 * plan.fields["tokens"].num_bytes + 1024  # no compressor makes a record longer than that
+    is_inside = (sizes > CRC_BYTES) & (sizes <= most) & (starts <= file_bytes) & (starts + sizes <= file_bytes)
     is_sound = np.array_equal(is_hole, lengths == MISSING) and bool(np.all(is_inside))
     if is_sound and plan.encoding.compressor() is None:
         is_sound = bool(np.all(sizes == plan.fields["tokens"].num_bytes + CRC_BYTES))
@@ -240,18 +176,31 @@ class ZarrShard:
 
     @cached_property
     def jpegs(self) -> Spans:
-        """Where the rendered views lie."""
+        """Where the rendered views lie.
+
+        Raises:
+            DamagedError: not inside their file.
+        """
+        views = self._plan.stored_views
+        assert views is not None
         slots = np.arange(self._plan.records_per_shard)
         spans, checksums = self.rows("view_spans", slots), self.rows("view_crc32c", slots)
-        offsets = np.where(spans[:, 1] > 0, spans[:, 0] - self._entry.index * jpeg_capacity(self._plan), -1)
-        lengths = (spans[:, 1] - spans[:, 0]).astype(np.uint32)
-        return Spans(jpeg_shard_name(self._entry.index), offsets, lengths, checksums)
+        (starts, stops), name = spans.T, jpeg_shard_name(self._entry.index)
+        first, is_hole = self._entry.index * jpeg_capacity(self._plan), stops == 0
+        is_inside = (first <= starts) & (starts < stops) & (stops <= first + self._entry.file(name).num_bytes)
+        if not np.all(is_hole | (is_inside & (stops - starts <= max_view_bytes(views.px)))):
+            raise DamagedError(f"{self._files.files.location}/{name}: view_spans lead out of it; {REMEDY}")
+        offsets, lengths = np.where(is_hole, -1, starts - first), np.where(is_hole, 0, stops - starts)
+        return Spans(name, offsets, lengths.astype(np.uint32), checksums)
 
     def rows(self, name: str, slots: NDArray[np.int64]) -> NDArray[Any]:
         """Rows of a small array."""
-        row, dtype = _small_arrays(self._plan)[name]
-        data = self._files.read(self._entry, chunk_name(name, self._entry.index))
+        row, dtype = small_arrays(self._plan)[name]
+        file = chunk_name(name, self._entry.index)
+        data = self._files.read(self._entry, file)  # checked against the receipt, so its own crc32c needs no look
         shape = (self._plan.records_per_shard, *row)
+        if len(data) != int(np.prod(shape)) * dtype.itemsize + CRC_BYTES:
+            raise DamagedError(f"{self._files.files.location}/{file} is no chunk of {shape} {dtype}; {REMEDY}")
         return np.frombuffer(data, dtype, count=int(np.prod(shape))).reshape(shape)[slots]
 
 
