@@ -128,8 +128,14 @@ class Renderer(Schema):
             raise ValueError(f"{view} does not lie inside an image of {image.shape[0]} x {image.shape[1]} pixels")
         # cut first, as torchvision does: a resize with a box would let pixels from outside in at its edges
         pixels = resize(image[view.top : bottom, view.left : right], out_px, self.kernel)
-        if view.flip:
-            pixels = pixels[:, ::-1]
         if pixels.ndim == 2:  # grey
             pixels = np.repeat(pixels[..., None], 3, axis=2)
-        return np.ascontiguousarray(pixels)
+        return _mirrored(pixels) if view.flip else pixels
+
+
+def _mirrored(pixels_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Left and right exchanged. One channel at a time: numpy copies triples of bytes five times more slowly."""
+    mirrored_HWC = np.empty_like(pixels_HWC)
+    for channel in range(3):
+        mirrored_HWC[..., channel] = pixels_HWC[:, ::-1, channel]
+    return mirrored_HWC
