@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.encodings import Encoding, Fields, fit_encoding
+from storage.encodings import Encoding, Fields, fit_encoding, is_fitted
 from storage.errors import ConfigError
 from storage.image_list import ImageList
 from storage.jpeg import ViewCodec, encode_view
 from storage.lock import hold_lock
+from storage.reader import FileReader
 from storage.receipts import committed_shards
 from storage.records import Backend, FeatureRecord, ImageKey, StoredViews, StoreManifest, StorePlan
 from storage.stage import Progress, SilentProgress
@@ -43,7 +44,8 @@ def plan_conversion(
         ConfigError: it would take information that the source does not have.
     """
     plan = source.plan
-    encoding = encoding or plan.encoding
+    if encoding is None or (encoding.kind == plan.encoding.kind and not is_fitted(encoding)):
+        encoding = plan.encoding
     if encoding != plan.encoding and not plan.encoding.is_exact:
         raise ConfigError(
             f"{source.location} is encoded as {plan.encoding.kind}, which cannot be made {encoding.kind} again; "
@@ -89,7 +91,10 @@ def convert_store(
 
     Raises:
         ConfigError: views must be rendered and it is not said from where; another store is at `root`.
+        AssertionError: the source does not check what it reads, so that damage would get checksums of its own.
     """
+    if isinstance(source, FileReader) and source.check == "never":
+        raise AssertionError(f"{source.location} is converted unchecked; open it with check='once'")
     progress = progress or SilentProgress()
     renders = plan.stored_views is not None and source.plan.stored_views is None
     if renders and not images_location:
@@ -128,18 +133,20 @@ def _convert_shard(source: FeatureReader, root: Path, plan: StorePlan, images: I
 def _iter_records(
     source: FeatureReader, plan: StorePlan, index: int, bad: dict[str, str]
 ) -> Iterator[tuple[FeatureRecord, Fields | None]]:
-    """The records of a shard; with their encoded tokens where these are copied as they are."""
+    """The records of a shard; with their encoded tokens where these are copied as they are, and then count alone."""
     views, keys = plan.views_per_image, source.images.keys
     numbers = [
         image * views + view for image in plan.images_of_shard(index) if keys[image] not in bad for view in range(views)
     ]
-    is_copy = plan.encoding == source.plan.encoding and plan.token_subset == source.plan.token_subset
+    is_copy = plan.encoding == source.plan.encoding  # token by token, so a subset of an encoded record is no loss
     for first in range(0, len(numbers), BATCH):
         records_B = np.array(numbers[first : first + BATCH], np.int64)
         encoded = source.new_batch(len(records_B))
         source.read_encoded(records_B, encoded)
-        tokens_BTC = np.empty((len(records_B), *source.plan.shape_TC), np.float16)
-        source.plan.encoding.decode(encoded, tokens_BTC)
+        tokens_BTC = encoded["tokens"]
+        if not is_copy:
+            tokens_BTC = np.empty((len(records_B), *source.plan.shape_TC), np.float16)
+            source.plan.encoding.decode(encoded, tokens_BTC)
         mean_BT, std_BT = source.token_statistics(records_B)
         jpegs = source.read_jpegs(records_B) if source.plan.stored_views else [None] * len(records_B)
         for row, (number, view) in enumerate(zip(records_B.tolist(), source.views(records_B), strict=True)):
@@ -151,7 +158,7 @@ def _iter_records(
                 FeatureRecord(
                     key, number % views, view, tokens_BTC[row][kept], mean_BT[row][kept], std_BT[row][kept], jpegs[row]
                 ),
-                {name: values[row] for name, values in encoded.items()} if is_copy else None,
+                {name: values[row][kept] for name, values in encoded.items()} if is_copy else None,
             )
 
 

@@ -15,9 +15,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field as Setting
-from pydantic import TypeAdapter
 
-from storage.errors import DamagedError, DecantError
+from storage.errors import DamagedError, DecantError, InputError, unknown_name
 from storage.schema import Schema
 
 Fields = dict[str, NDArray[Any]]
@@ -95,10 +94,18 @@ class BitRound(_Float16):
         return False
 
     def encode(self, tokens_TC: NDArray[np.float16]) -> Fields:
+        """Tokens with their last bits rounded away.
+
+        Raises:
+            DecantError: a token is not finite, or rounds to infinity.
+        """
         from numcodecs import BitRound as Rounding
 
         rounded: Any = Rounding(self.keep_bits).encode(np.array(tokens_TC, "<f2"))
-        return {"tokens": np.asarray(rounded).view("<f2").reshape(tokens_TC.shape)}
+        rounded_TC = np.asarray(rounded).view("<f2").reshape(tokens_TC.shape)
+        if not np.isfinite(rounded_TC).all():
+            raise DecantError("a token is not finite, or too large for the bit_round encoding; keep the encoding fp16")
+        return {"tokens": rounded_TC}
 
     def error_bound(self, tokens_TC: NDArray[np.floating], fields: Mapping[str, NDArray[Any]]) -> NDArray[np.floating]:
         """Half a step of the kept bits; below float16's normal range the step is that of its smallest normal number."""
@@ -119,7 +126,7 @@ class Int8(Schema):
     """
 
     kind: Literal["int8"] = "int8"
-    channel_scale: tuple[float, ...] = ()
+    channel_scale: tuple[Annotated[float, Setting(gt=0)], ...] = ()
     """Standard deviation of each channel on a sample, rounded to float32; fitted when a store is planned."""
 
     @property
@@ -135,9 +142,11 @@ class Int8(Schema):
         Raises:
             DecantError: a token is not finite, or too large for the channel scales.
         """
-        scaled_TC = tokens_TC.astype(np.float32) / self._scale_C(tokens_TC.shape[-1])
+        scale_C = self._scale_C(tokens_TC.shape[-1])
+        scaled_TC = tokens_TC.astype(np.float32) / scale_C
         scale_T = round_up_to_fp16(np.abs(scaled_TC).max(axis=-1) / 127)
-        if not np.isfinite(scale_T).all():
+        largest_T = 127 * scale_T.astype(np.float32) * scale_C.max()  # that decoding could ever give
+        if not (largest_T < FP16_MAX).all():
             raise DecantError(
                 "a token is not finite or beyond the int8 encoding's channel scales; fit these on more images "
                 "(extract.fit_views), or keep the encoding fp16"
@@ -167,23 +176,36 @@ class Int8(Schema):
 
 
 Encoding = Fp16 | Zstd | BitRound | Int8
-ENCODINGS: tuple[type[Encoding], ...] = (Fp16, Int8, BitRound, Zstd)
+ENCODINGS: dict[str, Encoding] = {encoding.kind: encoding for encoding in (Fp16(), Int8(), BitRound(), Zstd())}
+"""By the name that the command line takes, with their defaults."""
 AnyEncoding = Annotated[Encoding, Setting(discriminator="kind")]
-_ENCODING: TypeAdapter[Encoding] = TypeAdapter(AnyEncoding)
 
+FP16_MAX = float(np.finfo(np.float16).max)
 MIN_CHANNEL_SCALE = 1 / 64
 """A channel that hardly varies gets this scale, so that one unusual token cannot take all its neighbours' precision."""
 
 
-def load_encoding(values: Mapping[str, Any]) -> Encoding:
-    """An encoding from its JSON."""
-    return _ENCODING.validate_python(dict(values))
+def find_encoding(name: str) -> Encoding:
+    """Look an encoding up.
+
+    Raises:
+        ConfigError: no such name; offers the nearest ones.
+    """
+    if name not in ENCODINGS:
+        raise unknown_name("encoding", name, ENCODINGS)
+    return ENCODINGS[name]
 
 
 def fit_encoding(encoding: Encoding, tokens_RTC: NDArray[np.float16]) -> Encoding:
-    """Fill in what an encoding learns from a sample of whitened tokens; others come back as they are."""
+    """Fill in what an encoding learns from a sample of whitened tokens; others come back as they are.
+
+    Raises:
+        InputError: there is no token to learn from, or one is not finite.
+    """
     if not isinstance(encoding, Int8) or encoding.channel_scale:
         return encoding
+    if not len(tokens_RTC) or not np.isfinite(tokens_RTC).all():
+        raise InputError(f"int8 cannot be fitted on {len(tokens_RTC)} views: none, or with tokens that are not finite")
     std_C = tokens_RTC.reshape(-1, tokens_RTC.shape[-1]).astype(np.float32).std(axis=0)
     scale_C = np.maximum(std_C, MIN_CHANNEL_SCALE).astype(np.float32)
     return encoding.model_copy(update={"channel_scale": tuple(scale_C.tolist())})

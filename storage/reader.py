@@ -49,7 +49,11 @@ def load_manifest(files: Files, *, allow_unfinished: bool = False) -> StoreManif
     if files.exists("manifest.json"):
         text = files.read("manifest.json")
         refuse_other(path, text)
-        return StoreManifest.from_file(path, text)
+        manifest = StoreManifest.from_file(path, text)
+        if len(manifest.receipts) != manifest.plan.num_shards:
+            found = f"{len(manifest.receipts)} receipts for {manifest.plan.num_shards} shards"
+            raise DamagedError(f"{path} names {found}; {manifest.remedy}")
+        return manifest
     if not files.exists("plan.json"):
         raise InputError(f"{files.location} holds no store (no manifest.json)")
     if not allow_unfinished:
@@ -96,8 +100,10 @@ class FileReader(FeatureReader):
 
     def load_images(self) -> ImageList:
         path = Path(self.location) / IMAGES_FILE
-        images = ImageList.from_file(path, self.files.read(IMAGES_FILE))
-        if images.fingerprint != self.plan.images_fingerprint:
+        data = self.files.read(IMAGES_FILE)
+        images = ImageList.from_file(path, data)
+        committed = [file.digest for file in self.manifest.metadata if file.name == IMAGES_FILE]  # labels included
+        if images.fingerprint != self.plan.images_fingerprint or (committed and digest_bytes(data) != committed[0]):
             raise DamagedError(f"{path} is not the image list of this store; {REMEDY}")
         return images
 

@@ -7,13 +7,14 @@ H and W pixels, N images, K views an image.
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NewType, Self
+from typing import Annotated, Any, Literal, NamedTuple, NewType, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import StringConstraints
 
 from storage.encodings import AnyEncoding, Field, Fp16
-from storage.errors import InputError
+from storage.errors import DamagedError, InputError
 from storage.fingerprint import digest_json, digest_pieces
 from storage.schema import Schema, Sealed, unsealed
 from storage.token_subset import TokenSubset
@@ -106,7 +107,7 @@ class ShardEntry(Sealed):
     num_records: int
     """Records that hold tokens; holes are not counted."""
     files: tuple[FileEntry, ...]
-    record_crc32c: str
+    record_crc32c: Annotated[str, StringConstraints(pattern="^([0-9a-f]{8})*$")]
     """Of each record's stored tokens, 8 hex digits (little-endian) a record, zeros for a hole: what a read is checked
     against, so that a shard file which is whole but belongs elsewhere is noticed."""
     bad_images: tuple[BadImage, ...] = ()
@@ -116,8 +117,15 @@ class ShardEntry(Sealed):
         return np.frombuffer(bytes.fromhex(self.record_crc32c), "<u4")
 
     def file(self, name: str) -> FileEntry:
-        """The entry of one of its files, by its path in the store."""
-        return next(file for file in self.files if file.name == name)
+        """The entry of one of its files, by its path in the store.
+
+        Raises:
+            DamagedError: the receipt names no such file, so it is one of another store.
+        """
+        for file in self.files:
+            if file.name == name:
+                return file
+        raise DamagedError(f"the receipt of shard {self.index} names no {name}; {self.remedy}")
 
     @property
     def num_bytes(self) -> int:

@@ -30,5 +30,7 @@ class TokenSubset(Schema):
 
     def positions(self, key: str, view_index: int, num_tokens: int) -> NDArray[np.int64]:
         """Ascending positions, among all tokens of the view, of the kept ones."""
-        generator = keyed_generator(self.seed, f"tokens/{key}", view_index)
-        return np.sort(generator.permutation(num_tokens)[: self.num_kept(num_tokens)])
+        # raw words, because the streams of numpy's bit generators never change; `permutation` may, between releases
+        bits = keyed_generator(self.seed, f"tokens/{key}", view_index).bit_generator
+        order = np.argsort(bits.random_raw(num_tokens), kind="stable")
+        return np.sort(order[: self.num_kept(num_tokens)])

@@ -12,7 +12,7 @@ from storage.image_index import FILE_NAME as IMAGES_FILE
 from storage.image_list import ImageList
 from storage.layouts import LAYOUTS
 from storage.reader import load_manifest
-from storage.receipts import parse_receipt, receipt_name, receipt_path
+from storage.receipts import receipt_name, receipt_path
 from storage.records import FileEntry, ShardEntry, StoreManifest, StorePlan, refuse_other
 from storage.shards import SmallFiles
 
@@ -51,14 +51,23 @@ def check_structure(root: Path | str) -> Structure:
     if not any(files.exists(name) for name in ("plan.json", "manifest.json")):
         raise InputError(f"{root} holds no store (no plan.json)")
     plan, manifest, damage = _check_metadata(files)
-    shards: dict[int, ShardEntry] = {}
+    receipts: dict[int, ShardEntry] = {}
     for index in range(plan.num_shards if plan else 0):
-        assert plan is not None
-        found = _check_shard(files, plan, index, manifest)
+        found = _check_receipt(files, index, manifest)
         if isinstance(found, ShardEntry):
-            shards[index] = found
+            receipts[index] = found
         else:
-            damage += found
+            damage.append(found)
+    shards: dict[int, ShardEntry] = {}
+    owners = _owners(receipts)
+    for index, entry in receipts.items():
+        assert plan is not None
+        wrong = _check_shard(files, plan, entry, owners)
+        damage += wrong
+        if not wrong:
+            shards[index] = entry
+    if plan and len(shards) == plan.num_shards and not files.exists("manifest.json"):
+        damage.append(Damage(STORE, "manifest.json", "missing: all shards are there, but extraction did not end"))
     return Structure(files, plan, manifest.metadata if manifest else (), shards, damage)
 
 
@@ -67,12 +76,12 @@ def iter_data_damage(structure: Structure, shards: Iterable[int]) -> Iterator[tu
     files = structure.files
     known = {damage.name for damage in structure.damage if damage.shard == STORE}
     whole = [file for file in structure.metadata if file.name not in known]
-    yield STORE, [damage for file in whole for damage in _compare(files, STORE, file)]
-    digests = {file.digest: index for index, entry in structure.shards.items() for file in entry.files}
+    yield STORE, [damage for file in whole for damage in _compare(files, STORE, file, {})]
+    owners = _owners(structure.shards)
     for index in shards:
         if index in structure.shards:
             entry = structure.shards[index]
-            yield index, [damage for file in entry.files for damage in _compare(files, index, file, digests)]
+            yield index, [damage for file in entry.files for damage in _compare(files, index, file, owners)]
 
 
 def sample_shards(shards: Iterable[int], fraction: float, seed: int) -> list[int]:
@@ -101,54 +110,78 @@ def iter_damage(root: Path | str) -> Iterator[tuple[int, list[Damage]]]:
 
 def _check_metadata(files: Files) -> tuple[StorePlan | None, StoreManifest | None, list[Damage]]:
     """The plan, from wherever it can be read; the manifest of a finished store; what is damaged."""
+    folder = Path(files.location)
     plan = manifest = None
     found: dict[str, str] = {}
     try:
         text = files.read("plan.json")
-        refuse_other(Path(files.location) / "plan.json", text)
-        plan = StorePlan.from_file(Path(files.location) / "plan.json", text)
+        refuse_other(folder / "plan.json", text)
+        plan = StorePlan.from_file(folder / "plan.json", text)
     except DamagedError as error:
         found["plan.json"] = _reason(files, "plan.json", error)
-    try:
-        ImageList.from_file(Path(files.location) / IMAGES_FILE, files.read(IMAGES_FILE))
-    except DamagedError as error:
-        found[IMAGES_FILE] = _reason(files, IMAGES_FILE, error)
     if files.exists("manifest.json"):
         try:
             manifest = load_manifest(files)
-            plan = plan or manifest.plan
-            found |= {file.name: wrong for file in manifest.metadata if (wrong := _wrong_size(files, file))}
         except DamagedError as error:
             found["manifest.json"] = _reason(files, "manifest.json", error)
-    if plan is None:
-        plan = next(filter(None, (layout.find_plan(files) for layout in LAYOUTS.values())), None)
+    if plan is None or manifest is None or plan != manifest.plan:
+        copy = next(filter(None, (layout.find_plan(files) for layout in LAYOUTS.values())), None)
+        if plan and manifest:  # both are whole, so one of them is not from here
+            found["manifest.json" if copy == plan else "plan.json"] = "swapped: of another store"
+            plan, manifest = (plan, None) if copy == plan else (manifest.plan, manifest)
+        plan = plan or (manifest.plan if manifest else copy)
+    try:
+        images = ImageList.from_file(folder / IMAGES_FILE, files.read(IMAGES_FILE))
+        if plan and images.fingerprint != plan.images_fingerprint:
+            found[IMAGES_FILE] = "swapped: the images of another store"
+    except DamagedError as error:
+        found[IMAGES_FILE] = _reason(files, IMAGES_FILE, error)
+    for file in manifest.metadata if manifest else ():
+        if file.name not in found and (wrong := _wrong_size(files, file)):
+            found[file.name] = wrong
     return plan, manifest, [Damage(STORE, name, problem) for name, problem in found.items()]
 
 
 def _reason(files: Files, name: str, error: DamagedError) -> str:
-    return f"damaged: {error}" if files.exists(name) else "missing"
+    """What is wrong with a file that ends with its own digest."""
+    size = files.size(name)
+    return f"damaged: {error}" if size else "missing" if size is None else "emptied"
 
 
-def _check_shard(
-    files: Files, plan: StorePlan, index: int, manifest: StoreManifest | None
-) -> ShardEntry | list[Damage]:
+def _check_receipt(files: Files, index: int, manifest: StoreManifest | None) -> ShardEntry | Damage:
     name = receipt_name(index)
     if not files.exists(name):
-        return [Damage(index, name, "missing: not extracted yet, or discarded")]
+        return Damage(index, name, "missing: not extracted yet, or discarded")
     try:
         data = files.read(name)
-        entry = parse_receipt(files, index, data)
+        entry = ShardEntry.from_file(Path(files.location) / name, data)
     except DamagedError as error:
-        return [Damage(index, name, f"damaged: {error}")]
+        return Damage(index, name, _reason(files, name, error))
+    if entry.index != index:
+        return Damage(index, name, f"swapped: the receipt of shard {entry.index}")
     if manifest is not None and manifest.receipts[index] != digest_bytes(data):
-        return [Damage(index, name, "swapped: not the receipt that the manifest names")]
-    damage = [Damage(index, file.name, wrong) for file in entry.files if (wrong := _wrong_size(files, file))]
-    if not damage:
+        return Damage(index, name, "swapped: not the receipt that the manifest names")
+    return entry
+
+
+def _check_shard(files: Files, plan: StorePlan, entry: ShardEntry, owners: dict[str, int]) -> list[Damage]:
+    """What can be told from sizes and from the shard's index. Of a damaged shard the files are read, to tell how."""
+    suspects = [file for file in entry.files if _wrong_size(files, file)]
+    problem = ""
+    if not suspects:
         try:
             LAYOUTS[plan.backend].open_shard(plan, entry, SmallFiles(files))
         except DamagedError as error:
-            damage = [Damage(index, entry.files[0].name, f"damaged: {error}")]
-    return damage or entry
+            suspects, problem = list(entry.files), str(error)
+    damage = [wrong for file in suspects for wrong in _compare(files, entry.index, file, owners)]
+    if problem and not damage:  # every file is what the receipt says
+        damage = [Damage(entry.index, receipt_name(entry.index), f"damaged: {problem}")]
+    return damage
+
+
+def _owners(shards: dict[int, ShardEntry]) -> dict[str, int]:
+    """Digests of all files, and the shards that they belong to."""
+    return {file.digest: index for index, entry in shards.items() for file in entry.files}
 
 
 def _wrong_size(files: Files, file: FileEntry) -> str:
@@ -162,20 +195,16 @@ def _wrong_size(files: Files, file: FileEntry) -> str:
     return f"{kind}: {size:,} bytes, committed {file.num_bytes:,}"
 
 
-def _compare(files: Files, shard: int, file: FileEntry, others: dict[str, int] | None = None) -> list[Damage]:
-    """What is wrong with the bytes of a file.
-
-    Args:
-        others: digests of all files, and the shards that they belong to.
-    """
+def _compare(files: Files, shard: int, file: FileEntry, owners: dict[str, int]) -> list[Damage]:
+    """What is wrong with a file, read from its first byte to its last."""
     wrong = _wrong_size(files, file)
-    if not wrong:
+    if wrong != "missing":
         digest = files.digest(file.name)
         if digest == file.digest:
             return []
-        owner = (others or {}).get(digest, shard)
-        changed = f"changed: digest {digest}, committed {file.digest}"
-        wrong = changed if owner == shard else f"swapped: holds the bytes of shard {owner}"
+        if (owner := owners.get(digest, shard)) != shard:
+            wrong = f"swapped: holds the bytes of shard {owner}"
+        wrong = wrong or f"changed: digest {digest}, committed {file.digest}"
     return [Damage(shard, file.name, wrong)]
 
 

@@ -1,7 +1,7 @@
 """Writing a store. A shard is written privately, fsynced, published by rename; then its receipt makes it exist.
 
 plan.json          frozen; two plans never share a folder
-images.json        ordered keys, labels, digests
+images.bin         ordered keys, labels, digests
 zarr.json, tokens/ ... or dataset.json, shards/: see zarr_format.py and tar_format.py
 receipts/00017.json
 attempts/          private; swept when extraction starts
@@ -256,14 +256,19 @@ def finish_store(root: Path) -> StoreManifest:
     """Write the manifest: from now on the folder is a store.
 
     Raises:
-        DamagedError: shards are missing.
+        DamagedError: shards are missing, or the metadata is not what `create_store` wrote.
     """
     plan = load_plan(root)
     shards = committed_shards(root, plan)
     missing = [index for index in range(plan.num_shards) if index not in shards]
     if missing:
         raise DamagedError(f"{len(missing)} of {plan.num_shards} shards of {root} are missing, first {missing[0]}")
-    names = [IMAGES_FILE, "plan.json", *LAYOUTS[plan.backend].metadata(plan)]
+    ImageList.from_file(root / IMAGES_FILE, (root / IMAGES_FILE).read_bytes())
+    described = LAYOUTS[plan.backend].metadata(plan)
+    for name, data in described.items():  # once the manifest holds their digests, nothing would notice
+        if (root / name).read_bytes() != data:
+            raise DamagedError(f"{root / name} has changed since the store was begun; give the command again")
+    names = [IMAGES_FILE, "plan.json", *described]
     manifest = StoreManifest(
         plan=plan,
         metadata=tuple(FileEntry.describe(name, [(root / name).read_bytes()]) for name in sorted(names)),
