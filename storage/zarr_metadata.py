@@ -52,7 +52,8 @@ def encode_metadata(plan: StorePlan) -> dict[str, bytes]:
 
     files: dict[str, Any] = {}
     records, shard, (tokens, channels) = plan.num_records, plan.records_per_shard, plan.shape_TC
-    group = zarr.create_group(MemoryStore(files), attributes={"decant": plan.to_json()})
+    attributes = {"decant": json.loads(json.dumps(plan.to_json(), sort_keys=True))}  # equal plans, equal bytes
+    group = zarr.create_group(MemoryStore(files), attributes=attributes)
 
     def create(name: str, dtype: np.dtype[Any], **how: Any) -> None:
         dimensions, description = MEANINGS[name]
