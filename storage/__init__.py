@@ -13,6 +13,7 @@ views.py        which crop of an image (samplers) and its pixels (render_view)
 image_source.py what a source of images is
 image_folder.py a folder of class folders as a source
 image_tars.py   tars of images as a source
+tar_members.py  where the images lie in tars, kept from one command to the next
 images.py       a source by its path
 decode.py       image bytes to pixels
 resize.py       the antialiased resize behind render_view
@@ -22,6 +23,9 @@ image_list.py   images with labels and digests, in memory and on disk
 image_digests.py digests of a data set's images, each taken once
 image_index.py  all images of a data set and their split: list, digest, divide
 files.py        where a store's files are, on a disk or behind a URL
+remote.py       the files of a store behind a URL
+connect.py      connections to what is behind a URL
+answers.py      what a server's answer means
 shards.py       a shard in memory, and what every layout must be able to do with one
 zarr_metadata.py the Zarr v3 layout: which arrays there are
 zarr_format.py  the Zarr v3 layout: the bytes of their chunks and shards
@@ -35,4 +39,5 @@ memory.py       a store in memory: the fake for tests, and the reference
 ring.py         batches made ahead by threads, in buffers that are used again
 verify.py       is every byte what its receipt says?
 convert.py      a store to another layout or encoding
+upload.py       a finished store to an object store
 """
