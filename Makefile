@@ -8,27 +8,37 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+BENCH_STAMP := $(VENV)/.installed-bench
 
 PRESET ?=
+DOCS ?=
 TEACHER ?=
 WEIGHTS ?=
 DATA ?=
 VIEWS ?=
+LAYOUT ?=
+ENCODING ?=
+READ_DATA ?=
+STORE ?=
+FROM ?=
+TO ?=
 STUDENT ?=
 SEEDS ?=
 EXECUTOR ?=
 WORK ?=
 FORCE ?=
 SET ?=
+DOCS ?=
 
 option = $(if $($(2)),--$(1) '$(subst ','\'',$($(2)))')
 OPTIONS = $(strip $(call option,preset,PRESET) $(call option,teacher,TEACHER) $(call option,weights,WEIGHTS) \
-	$(call option,data,DATA) $(call option,views,VIEWS) $(call option,student,STUDENT) $(call option,seeds,SEEDS) \
+	$(call option,data,DATA) $(call option,views,VIEWS) $(call option,layout,LAYOUT) $(call option,encoding,ENCODING) \
+	$(call option,student,STUDENT) $(call option,seeds,SEEDS) \
 	$(call option,executor,EXECUTOR) $(call option,work,WORK) $(if $(filter-out 0 no false,$(FORCE)),--force) $(foreach pair,$(SET),--set '$(pair)'))
 PIPELINE = @$(BIN)/python -m pipeline
 
 STAGE_COMMANDS := demo run plan extract distill finetune evaluate report
-.PHONY: help setup test check fix bench clean $(STAGE_COMMANDS) status verify teachers
+.PHONY: help setup test check fix bench clean $(STAGE_COMMANDS) status verify repair convert teachers
 
 help: ## this list
 	@echo "usage: make <command> [TEACHER=clip-l] [DATA=<folder>] [VIEWS=4] [STUDENT=vit-b] [SEEDS=3] [PRESET=...]"
@@ -57,14 +67,22 @@ finetune: setup ## fine-tune on the labels, from scratch and from the student
 evaluate: setup ## probe frozen features; compare student and teacher
 report: setup ## the table and the HTML page
 status: setup ## every store, student and result
-verify: setup ## check every byte of the stores against their receipts
+verify: setup ## compare the stores with what was committed: READ_DATA=100%, 5%, or 0% for the structure alone
+repair: setup ## make again what is damaged of the stores, and nothing else
+convert: setup ## a store to another layout or encoding: FROM=<store> TO=<folder> LAYOUT=wds ENCODING=int8
 teachers: setup ## the teachers that have a name
 
 $(STAGE_COMMANDS):
 	$(PIPELINE) $@ $(OPTIONS)
 
-status verify:
+status:
 	$(PIPELINE) $@ $(call option,work,WORK)
+
+verify repair:
+	$(PIPELINE) $@ $(STORE) $(call option,work,WORK) $(call option,read-data,READ_DATA)
+
+convert:
+	$(PIPELINE) $@ '$(FROM)' '$(TO)' $(call option,layout,LAYOUT) $(call option,encoding,ENCODING) $(call option,data,DATA)
 
 teachers:
 	$(PIPELINE) $@
@@ -81,8 +99,14 @@ fix: setup ## apply format and lint fixes
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench: setup ## speed as ratios against plain reads and peers
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -o testpaths=tests/bench -o python_files='bench_*.py' -s
+bench: setup $(BENCH_STAMP) ## speed and size as ratios to plain reads and writes, beside peers; DOCS=1: into docs/
+	@OMP_NUM_THREADS=1 BENCH_FOLDER='$(or $(WORK),runs)/bench' BENCH_DOCS='$(DOCS)' \
+	  $(BIN)/python -m pytest tests/bench/bench_store.py -o python_files='bench_*.py'
+
+$(BENCH_STAMP): $(STAMP)
+	@echo "setup: installing what only the benchmark needs"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@touch $(BENCH_STAMP)
 
 clean: ## remove caches; results and the environment stay
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

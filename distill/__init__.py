@@ -4,6 +4,7 @@ config.py      settings; imports no deep-learning library
 order.py       which images and views a step sees: a pure function of (seed, step)
 prefetch.py    batches made ahead by threads; decoded images kept in memory where they fit
 pixels.py      what the student sees: stored views, or views rendered from the images
+targets.py     stored tokens to training targets, on the device
 stream.py      a store and its images to batches
 student.py     the student and its projector
 loss.py        the loss

@@ -17,7 +17,8 @@ from distill.loop import Training, choose_device, finish, train
 from distill.loss import feature_loss
 from distill.optim import build_optimizer, learning_rate, set_learning_rate
 from distill.stream import DistillBatch, DistillStream
-from distill.student import DistillModel, normalise_images, select_targets
+from distill.student import DistillModel, normalise_images
+from distill.targets import decode_targets, match_subset, select_targets
 from storage.errors import ConfigError
 from storage.fingerprint import digest_json
 from storage.image_index import load_index
@@ -53,11 +54,16 @@ def run(
     device = choose_device(cfg.run.device)
     model = DistillModel(cfg.student, reader.plan.features, drop_path=cfg.drop_path).to(device)
     optimizer = build_optimizer(model, cfg.optim)
-    prefix = reader.plan.features.num_prefix_tokens
+    features = reader.plan.features
 
     def loss(batch: DistillBatch) -> Tensor:
-        targets_BTC = select_targets(batch.targets_BTC.to(device, non_blocking=True), prefix)
-        return feature_loss(model(normalise_images(batch.images_BHWC, device)), targets_BTC, beta=cfg.beta)
+        encoded = {name: part.to(device, non_blocking=True) for name, part in batch.encoded.items()}
+        targets_BTC = decode_targets(encoded, reader.plan.encoding)
+        pred_BTC = model(normalise_images(batch.images_BHWC, device))
+        if batch.positions_BT is None:
+            return feature_loss(pred_BTC, select_targets(targets_BTC, features), beta=cfg.beta)
+        positions_BT = batch.positions_BT.to(device, non_blocking=True)
+        return feature_loss(*match_subset(pred_BTC, targets_BTC, positions_BT, features), beta=cfg.beta)
 
     def set_lr(step: int) -> float:
         lr = learning_rate(

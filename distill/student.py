@@ -54,13 +54,6 @@ class DistillModel(nn.Module):
         return pred_BTC
 
 
-def select_targets(targets_BTC: Tensor, teacher_prefix: int) -> Tensor:
-    """The teacher's tokens that a student with one CLS token has a counterpart for: CLS and grid, no registers."""
-    if teacher_prefix <= 1:
-        return targets_BTC
-    return torch.cat([targets_BTC[:, :1], targets_BTC[:, teacher_prefix:]], dim=1)
-
-
 def check_grids(cfg: StudentConfig, features: FeatureSpec) -> None:
     """Refuse a student whose token grid is not the teacher's.
 

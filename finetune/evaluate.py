@@ -18,7 +18,8 @@ from torch import Tensor
 from distill.checkpoint import load_weights
 from distill.loop import choose_device
 from distill.loss import feature_loss
-from distill.student import DistillModel, normalise_images, select_targets
+from distill.student import DistillModel, normalise_images
+from distill.targets import select_targets
 from finetune.config import EvaluateConfig
 from finetune.features import PooledFeatures, iter_views, pool_student, pool_teacher
 from finetune.linear_probe import linear_probe
@@ -28,8 +29,8 @@ from storage.errors import InputError
 from storage.image_index import ImageList, load_index, require_labels
 from storage.lock import hold_lock
 from storage.reader import open_store
-from storage.store import FeatureReader
 from storage.stage import Progress, SilentProgress, StopRequest, stop_on_signals
+from storage.store import FeatureReader
 
 
 def run(
@@ -108,7 +109,7 @@ def compare_tokens(
     count = 0
     for batch in iter_views(store, images, image_px=image_px, stop=stop):
         assert batch.images_BHWC is not None
-        target_BTC = select_targets(batch.tokens_BTC, store.plan.features.num_prefix_tokens).to(device)
+        target_BTC = select_targets(batch.tokens_BTC, store.plan.features).to(device)
         pred_BTC = model(normalise_images(batch.images_BHWC, device))
         size = len(batch.positions_B)
         cosine = F.cosine_similarity(pred_BTC, target_BTC, dim=-1).mean()

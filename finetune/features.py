@@ -8,13 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.prefetch import ImageCache
+from distill.pixels import open_pixels
 from distill.student import DistillModel, normalise_images
-from storage.errors import BadImageError, InputError
 from storage.image_index import ImageList
-from storage.store import FeatureReader
 from storage.stage import StopRequest
-from storage.views import Renderer
+from storage.store import FeatureReader
 
 BATCH = 64
 
@@ -26,6 +24,7 @@ class ViewBatch(NamedTuple):
     """Of their images, in the store's list."""
     tokens_BTC: Tensor  # float32, whitened
     statistics_BT2: Tensor  # mean and std of each token before whitening
+    is_grid_BT1: Tensor  # 1 for tokens of the grid, 0 for CLS and registers
     images_BHWC: Tensor | None  # uint8
 
 
@@ -47,39 +46,36 @@ def iter_views(
         InputError: an image that the teacher saw is gone or has changed.
     """
     plan = reader.plan
-    renderer = Renderer(kernel=plan.renderer["kernel"])
-    decoded = ImageCache(images, 256 << 20)
+    source = None if image_px is None else open_pixels(reader, images.location, image_px, 256 << 20)
     usable = reader.usable_images()
     records_R = (usable[:, None] * plan.views_per_image + np.arange(plan.views_per_image)).ravel()
     for first in range(0, len(records_R), BATCH):
         if stop is not None:
             stop.check()
         records_B = records_R[first : first + BATCH]
-        tokens_BTC = np.empty((len(records_B), *plan.features.shape_TC), np.float16)
+        tokens_BTC = np.empty((len(records_B), *plan.shape_TC), np.float16)
         reader.read_batch(records_B, tokens_BTC)
         positions_B = records_B // plan.views_per_image
         pixels = None
-        if image_px is not None:
-            views = zip(positions_B, reader.views(records_B), strict=True)
-            try:
-                rendered = [renderer.render_view(decoded.read(int(p)), view, image_px) for p, view in views]
-            except BadImageError as error:
-                raise InputError(
-                    f"an image of {images.location} was readable when its features were extracted and is not now "
-                    f"({error}); bring it back, or give the command again: the changed data set gets a store of its own"
-                ) from error
-            pixels = torch.from_numpy(np.stack(rendered))
+        if source is not None and image_px is not None:
+            pixels_BHWC = np.empty((len(records_B), image_px, image_px, 3), np.uint8)
+            source.fill(records_B, pixels_BHWC)
+            pixels = torch.from_numpy(pixels_BHWC)
         statistics = torch.from_numpy(np.stack(reader.token_statistics(records_B), axis=-1))
-        yield ViewBatch(positions_B, torch.from_numpy(tokens_BTC).float(), statistics, pixels)
+        places_BT = reader.positions(records_B)
+        if places_BT is None:
+            places_BT = np.broadcast_to(np.arange(plan.features.num_tokens), tokens_BTC.shape[:2])
+        is_grid_BT1 = torch.from_numpy(places_BT >= plan.features.num_prefix_tokens).float().unsqueeze(-1)
+        yield ViewBatch(positions_B, torch.from_numpy(tokens_BTC).float(), statistics, is_grid_BT1, pixels)
 
 
 def pool_teacher(reader: FeatureReader, images: ImageList, stop: StopRequest | None = None) -> PooledFeatures:
-    """The teacher's own features: whitening undone, mean over the grid tokens."""
-    prefix = reader.plan.features.num_prefix_tokens
+    """The teacher's own features: whitening undone, mean over the grid tokens that the store keeps."""
     pooled, positions = [], []
     for batch in iter_views(reader, images, stop=stop):
         mean_BT1, std_BT1 = batch.statistics_BT2[..., :1], batch.statistics_BT2[..., 1:]
-        pooled.append((batch.tokens_BTC * std_BT1 + mean_BT1)[:, prefix:].mean(1))
+        raw_BTC = batch.tokens_BTC * std_BT1 + mean_BT1
+        pooled.append((raw_BTC * batch.is_grid_BT1).sum(1) / batch.is_grid_BT1.sum(1).clamp(min=1))
         positions.append(batch.positions_B)
     return _gather(pooled, positions, images)
 

@@ -19,10 +19,12 @@ from pipeline.progress import show_progress, show_when_slow
 from pipeline.runner import Plan, execute, make_plan
 from pipeline.screen import console, show_plan, show_results, show_status, show_teachers
 from pipeline.stages import STAGES
+from pipeline.store_commands import COMMANDS as STORE_COMMANDS
+from pipeline.store_commands import ENCODING, LAYOUT
 from pipeline.workspace import Workspace, load_current, open_workspace
 from storage.atomic import write_file, write_json
-from storage.errors import DamagedError, DecantError
-from storage.lock import hold_lock
+from storage.encodings import find_encoding
+from storage.errors import DecantError
 from storage.stage import Interrupted
 
 ALL = tuple(STAGES)
@@ -64,6 +66,8 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--weights", type=click.Path(path_type=Path), help="A local file with the teacher's weights."),
             click.option("--data", help="A folder of class folders, or tars of images (WebDataset)."),
             click.option("--views", type=int, help="Stored views an image."),
+            LAYOUT,
+            ENCODING,
             click.option("--student", help="vit-ti, vit-s, vit-b, vit-l or toy."),
             click.option("--seeds", type=int, help="Fine-tune with this many seeds."),
             click.option("--executor", type=click.Choice(["ray", "inline"]), help="Where extraction runs."),
@@ -129,30 +133,8 @@ def status(work: Path) -> None:
     show_status(open_workspace(work))
 
 
-@cli.command(help="Check every byte of the stores against their receipts; damaged shards are forgotten.")
-@click.option("--work", default="runs", show_default=True, type=click.Path(path_type=Path))
-def verify(work: Path) -> None:
-    from storage.verify import STORE, discard_shard, iter_damage
-
-    stores = open_workspace(work).stores()
-    num_damaged = 0
-    for store in stores:
-        shards = 0
-        for index, damage in iter_damage(store):
-            shards += index != STORE
-            for problem in damage:
-                console.print(f"{store / problem.name}: {problem.found}", soft_wrap=True)
-            if damage:
-                num_damaged += 1
-                with hold_lock(store):  # an extraction at work there is about to write it
-                    discard_shard(store, index)
-        console.print(f"{store}: {shards} shards checked")
-    if num_damaged:
-        raise DamagedError(
-            f"{num_damaged} parts of the stores are damaged or missing; run `make extract`, or `make evaluate` for a "
-            "store of held-out images: only these parts are made again"
-        )
-    console.print(f"{len(stores)} stores are whole" if stores else f"no store in {work}")
+for _store_command in STORE_COMMANDS:
+    cli.add_command(_store_command)
 
 
 @cli.command(help="The teachers that have a name.")
@@ -162,7 +144,8 @@ def teachers() -> None:
 
 def resolve_config(
     workspace: Workspace, *, preset: str | None, teacher: str | None, weights: Path | None, data: str | None,
-    views: int | None, student: str | None, seeds: int | None, executor: str | None,
+    views: int | None, layout: str | None, encoding: str | None, student: str | None, seeds: int | None,
+    executor: str | None,
     assignments: tuple[str, ...],
 ) -> PipelineConfig:  # fmt: skip
     """Settings of a command: a preset, or the recipe of a newly named teacher, or those of the command before it; then
@@ -188,6 +171,8 @@ def resolve_config(
         ("extract.teacher", teacher),
         ("extract.weights", str(weights) if weights else None),
         ("extract.views", views),
+        ("extract.layout", layout),
+        ("extract.encoding", find_encoding(encoding).to_json() if encoding else None),
         ("distill.student", find_student(student).to_json() if student else None),
         ("finetune.seeds", list(range(seeds)) if seeds is not None else None),
         ("extract.run.executor", executor),

@@ -10,6 +10,7 @@ from pydantic import Field
 from distill.config import DistillConfig
 from extract.config import ExtractConfig
 from finetune.config import EvaluateConfig, FinetuneConfig
+from storage.encodings import Fp16
 from storage.errors import ConfigError
 from storage.schema import Schema
 
@@ -43,8 +44,10 @@ class PipelineConfig(Schema):
 
     @property
     def extract_eval(self) -> ExtractConfig:
-        """The same teacher on the held-out images, one centred view each."""
-        return self.extract.model_copy(update={"split": "eval", "views": 1, "sampler": self.finetune.eval_sampler})
+        """The same teacher on the held-out images: one centred view each, every token exactly as it is."""
+        changes = {"split": "eval", "views": 1, "sampler": self.finetune.eval_sampler}
+        plain = {"layout": "zarr", "encoding": Fp16(), "token_fraction": 1.0, "keep_views": False}
+        return self.extract.model_copy(update=changes | plain)
 
 
 def apply_overrides(config: PipelineConfig, overrides: Iterable[tuple[str, Any]]) -> PipelineConfig:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.config import STUDENTS, StudentConfig, find_student
-from distill.student import DistillModel, build_student, check_grids, normalise_images, select_targets
+from distill.student import DistillModel, build_student, check_grids, normalise_images
+from distill.targets import select_targets
 from storage.errors import ConfigError
 from storage.records import FeatureSpec
 
@@ -143,7 +144,7 @@ def test_predictions_have_the_shape_of_the_selected_targets(prefix: int) -> None
     """A teacher without CLS: the student's own is dropped. One with registers: these are not learnt."""
     model = shake(DistillModel(TOY, features(prefix), drop_path=0)).eval()
     targets = torch.arange(2 * (prefix + 16) * 24.0).view(2, prefix + 16, 24)
-    selected = select_targets(targets, prefix)
+    selected = select_targets(targets, features(prefix))
     images = some_images()
     with torch.no_grad():
         pred = model(images)

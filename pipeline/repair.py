@@ -1,0 +1,121 @@
+"""Which shards of a store are damaged, and how they are made again."""
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from extract.config import ExtractConfig
+from pipeline.config import PipelineConfig
+from pipeline.workspace import Workspace, load_current, read_result
+from storage.errors import ConfigError, DamagedError
+from storage.image_index import load_index
+from storage.lock import hold_lock
+from storage.stage import Progress
+from storage.verify import STORE, Damage, check_structure, discard_shard, iter_data_damage, sample_shards
+from storage.writer import find_plan
+
+
+class Health(NamedTuple):
+    """What verification found out about a store."""
+
+    num_shards: int
+    num_read: int
+    """Shards of which every byte was compared."""
+    damage: list[Damage]
+
+    @property
+    def damaged_shards(self) -> list[int]:
+        """In order; with `STORE` for what belongs to no shard."""
+        return sorted({damage.shard for damage in self.damage})
+
+
+def examine_store(location: Path | str, *, fraction: float, seed: int, progress: Progress) -> Health:
+    """Check a store's structure, then compare `fraction` of its shards with their digests.
+
+    Raises:
+        InputError: no store there.
+    """
+    structure = check_structure(location)
+    damage = list(structure.damage)
+    for found in damage:
+        progress.say(describe(location, found))
+    num_shards = structure.plan.num_shards if structure.plan else 0
+    progress.say(
+        f"{location}: structure {'damaged' if damage else 'whole'}: {len(structure.shards)} of {num_shards} shards, "
+        f"{sum(entry.num_bytes for entry in structure.shards.values()) / 1e9:,.2f} GB"
+    )
+    chosen = sample_shards(structure.shards, fraction, seed)
+    if chosen:
+        sizes = {index: entry.num_bytes for index, entry in structure.shards.items()} | {STORE: 0}
+        progress.start(-(-sum(sizes[index] for index in chosen) // 10**6), "MB")
+        for index, found_in_shard in iter_data_damage(structure, chosen):
+            for found in found_in_shard:
+                progress.say(describe(location, found))
+            damage += found_in_shard
+            progress.advance(sizes[index] // 10**6, shard=index if index != STORE else "-")
+    return Health(num_shards, len(chosen), damage)
+
+
+def describe(location: Path | str, damage: Damage) -> str:
+    """A line for the screen."""
+    where = "" if damage.shard == STORE else f"shard {damage.shard}: "
+    return f"{location}: {where}{damage.name}: {damage.found}"
+
+
+def repair_store(workspace: Workspace, root: Path, health: Health, progress: Progress) -> None:
+    """Forget what is damaged of a store and extract it again, with the settings that the store was made with.
+
+    Raises:
+        ConfigError: nothing tells how the store was made, or where its images are.
+        DamagedError: some damage is still there.
+    """
+    cfg, data_path = _settings_of(workspace, root), _find_images(workspace, root)
+    with hold_lock(root):  # an extraction at work there is about to write it
+        for index in health.damaged_shards:
+            discard_shard(root, index)
+    importlib.import_module("extract.run").run(cfg, {"data": data_path}, root, progress)
+    left = check_structure(root).damage
+    if left:
+        raise DamagedError(f"after the repair {describe(root, left[0])}; delete {root} and extract it again")
+
+
+def _settings_of(workspace: Workspace, root: Path) -> ExtractConfig:
+    """The settings that a store was extracted with; how to work comes from the last command."""
+    current = load_current(workspace)
+    before = PipelineConfig.checked(current, str(workspace.current_path)) if current else None
+    result = read_result(root)
+    if result is not None:
+        made_with = ExtractConfig.checked(result.config, f"{root}/result.json")
+    else:
+        plan, candidates = find_plan(root), (before.extract, before.extract_eval) if before else ()
+        fitting = [
+            cfg for cfg in candidates
+            if plan and (cfg.teacher, cfg.views, cfg.sampler.to_json())
+            == (plan.features.teacher, plan.views_per_image, plan.sampler)
+        ]  # fmt: skip
+        if not fitting:
+            raise ConfigError(
+                f"{root} has no readable result.json and is not of the last command's settings, so nothing tells how "
+                "it was made; give the command that made it, with its options and --work, then `make repair` again"
+            )
+        made_with = fitting[0]
+    if before is None:
+        return made_with
+    weights = before.extract.weights if before.extract.teacher == made_with.teacher else None
+    return made_with.model_copy(update={"run": before.extract.run, "weights": weights})
+
+
+def _find_images(workspace: Workspace, root: Path) -> Path:
+    """The index file of the images that a store was made from."""
+    plan = find_plan(root)
+    for path in _indexes(workspace):
+        index = load_index(path)
+        if plan and plan.images_fingerprint in (index.split("train").fingerprint, index.split("eval").fingerprint):
+            return path
+    raise ConfigError(f"no image list in {workspace.root / 'data'} is that of {root}; run `make extract DATA=...`")
+
+
+def _indexes(workspace: Workspace) -> Iterator[Path]:
+    """Index files, newest first."""
+    yield from sorted((workspace.root / "data").glob("*"), key=lambda path: path.stat().st_mtime, reverse=True)

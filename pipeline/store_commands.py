@@ -1,0 +1,124 @@
+"""The commands about stores: verify, repair, convert."""
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.progress import show_progress
+from pipeline.repair import examine_store, repair_store
+from pipeline.screen import console
+from pipeline.workspace import open_workspace
+from storage.encodings import find_encoding
+from storage.errors import ConfigError, DamagedError
+from storage.token_subset import TokenSubset
+
+WORK = click.option(
+    "--work", default="runs", show_default=True, type=click.Path(path_type=Path), help="Folder of all results."
+)
+READ_DATA = click.option(
+    "--read-data", default="100%", show_default=True, metavar="PERCENT",
+    help="How much of the data to read and compare, by random shards; 0% looks at the structure alone, in seconds.",
+)  # fmt: skip
+ENCODING = click.option(
+    "--encoding", metavar="NAME", help="fp16, int8 (half the bytes), bit_round or zstd (for archives)."
+)
+LAYOUT = click.option(
+    "--layout", type=click.Choice(["zarr", "wds"]), help="Zarr arrays, or WebDataset tars with the rendered views."
+)
+
+
+def parse_percent(text: str) -> float:
+    """`5%` to 0.05.
+
+    Raises:
+        ConfigError: not a percentage.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip())
+    if not match or float(match[1]) > 100:
+        raise ConfigError(f"READ_DATA is {text!r}, expected a percentage such as 5% (0% for the structure alone)")
+    return float(match[1]) / 100
+
+
+def _locations(work: Path, stores: tuple[str, ...]) -> list[str]:
+    """The named stores, or all of a work folder."""
+    return list(stores) or [str(store) for store in open_workspace(work).stores()]
+
+
+@click.command(help="Compare stores, of the work folder or named ones, with what was committed; changes nothing.")
+@click.argument("stores", nargs=-1)
+@READ_DATA
+@WORK
+def verify(stores: tuple[str, ...], read_data: str, work: Path) -> None:
+    fraction = parse_percent(read_data)
+    locations = _locations(work, stores)
+    num_damaged = 0
+    for location in locations:
+        health = _examine(location, fraction)
+        num_damaged += len(health.damaged_shards)
+    if num_damaged:
+        raise DamagedError(
+            f"{num_damaged} parts of the stores are damaged or missing; run `make repair`, which makes only these again"
+        )
+    if not locations:
+        console.print(f"no store in {work}")
+        return
+    partly = "" if fraction == 1 else f" as far as {read_data} of the data tell" if fraction else " in structure"
+    console.print(f"{len(locations)} stores are whole{partly}")
+
+
+@click.command(help="Make again what is damaged of the stores, of the work folder or named ones, and nothing else.")
+@click.argument("stores", nargs=-1)
+@READ_DATA
+@WORK
+def repair(stores: tuple[str, ...], read_data: str, work: Path) -> None:
+    workspace, fraction = open_workspace(work), parse_percent(read_data)
+    num_repaired = 0
+    for store in map(Path, _locations(work, stores)):
+        health = _examine(str(store), fraction)
+        if health.damage:
+            with show_progress("repair", console=console) as progress:
+                repair_store(workspace, store, health, progress)
+            num_repaired += len(health.damaged_shards)
+    console.print(f"{num_repaired} parts were made again" if num_repaired else "nothing to repair")
+
+
+def _examine(location: str, fraction: float) -> Any:
+    with show_progress("verify", console=console) as progress:
+        return examine_store(location, fraction=fraction, seed=time.time_ns(), progress=progress)
+
+
+@click.command(help="Copy a store (a path or URL) to another layout or encoding at TARGET; needs no teacher.")
+@click.argument("source")
+@click.argument("target", type=click.Path(path_type=Path))
+@LAYOUT
+@ENCODING
+@click.option("--token-fraction", type=float, help="Keep this share of each view's tokens.")
+@click.option("--views/--no-views", "keep_views", default=None, help="Keep rendered views; the default is as SOURCE.")
+@click.option("--data", default="", help="Where the images lie, for views that SOURCE does not have.")
+def convert(
+    source: str, target: Path, layout: Any, encoding: str | None, token_fraction: float | None,
+    keep_views: bool | None, data: str,
+) -> None:  # fmt: skip
+    from storage.convert import convert_store, plan_conversion
+    from storage.reader import open_store
+
+    store = open_store(source, check="always")
+    plan = plan_conversion(
+        store,
+        backend=layout or store.plan.backend,
+        encoding=find_encoding(encoding) if encoding else None,
+        token_subset=TokenSubset.of(token_fraction, seed=0) if token_fraction else None,
+        keep_views=keep_views,
+    )
+    with show_progress("convert", console=console) as progress:
+        manifest = convert_store(store, target, plan, images_location=data, progress=progress)
+    console.print(
+        f"{target}: {plan.backend}, {plan.encoding.kind}, {manifest.num_records:,} records, "
+        f"{manifest.num_bytes / 1e9:,.2f} GB ({store.manifest.num_bytes / 1e9:,.2f} GB in {source})"
+    )
+
+
+COMMANDS = (verify, repair, convert)
