@@ -1,0 +1,78 @@
+"""The store's speed and size beside plain reads, plain writes and what others do: one run, one table.
+
+    make bench
+
+Nothing here asserts a time; what is asserted is that every contender reads the right bytes. `bench.json` and
+`bench.png` go to the folder that BENCH_FOLDER names (runs/bench).
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.bench import arrivals, cold_reads, opening, picture, sizes, warm_reads, writes
+from tests.bench.made_up import COLD_RECORDS, WARM_RECORDS, make_store
+from tests.bench.report import as_text, describe_machine, installed_versions
+from tests.bench.results import Report, Row, Section
+from tests.bench.write_docs import write_docs
+
+
+@pytest.mark.timeout(0)
+def test_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    machine, started = describe_machine(), time.monotonic()
+
+    def say(what: str) -> None:
+        with capsys.disabled():
+            print(f"bench: {time.monotonic() - started:5.0f} s  {what}", flush=True)
+
+    zarr_store, wds_store = tmp_path / "zarr", tmp_path / "wds"
+    say(f"writing stores of {COLD_RECORDS:,} and {WARM_RECORDS:,} records")
+    make_store(zarr_store, COLD_RECORDS)
+    make_store(wds_store, WARM_RECORDS, backend="wds")
+    sections: list[Section] = []
+    say("shuffled reads")
+    sections.append(warm_reads.measure(zarr_store, wds_store, tmp_path / "peers"))
+    say("batches arriving in a training process")
+    sections += arrivals.measure(zarr_store)
+    say("cold reads")
+    sections.append(cold_reads.measure(zarr_store))
+    say("writing shards")
+    sections += writes.measure(tmp_path / "writes")
+    say("pixels")
+    sections += pixels()
+    say("sizes and opening")
+    sections.append(sizes.measure(tmp_path / "sizes"))
+    sections.append(opening.measure(tmp_path / "opening", zarr_store, wds_store))
+    machine["duration"] = f"{time.monotonic() - started:.0f} s"
+    report = Report(machine, installed_versions(), tuple(sections))
+    folder = Path(os.environ.get("BENCH_FOLDER", "runs/bench"))
+    folder.mkdir(parents=True, exist_ok=True)
+    report.save(folder / "bench.json")
+    picture.draw(report, folder / "bench.png")
+    if os.environ.get("BENCH_DOCS"):
+        write_docs(report)
+    with capsys.disabled():
+        print(f"\n{as_text(report)}\n\nbench: {folder}/bench.json, {folder}/bench.png")
+    assert Report.load(folder / "bench.json") == report
+
+
+def pixels() -> list[Section]:
+    """Decoding and cutting, which has a file of its own."""
+    from tests.bench import bench_pixels
+
+    rows = tuple(_pixel_row(row) for row in bench_pixels.measure())
+    method = (
+        f"{bench_pixels.NUM_PHOTOGRAPHS} photographs of {bench_pixels.WIDTH} x {bench_pixels.HEIGHT}, views of "
+        f"{bench_pixels.VIEW_PX} px; one core, CPU seconds, best of {bench_pixels.ROUNDS} rounds that take turns"
+    )
+    return [Section("Pixels", method, rows)]
+
+
+def _pixel_row(row: dict[str, Any]) -> Row:
+    return Row(
+        row["what"].strip(), row["role"], row["images_per_second"], "images/CPU-s", ratio=row["ratio"],
+        target=row["target"], limit=row["limit_name"], rounds=tuple(row["seconds"]),
+    )  # fmt: skip
