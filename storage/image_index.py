@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.atomic import write_file
+from storage.atomic import make_folder, write_file
 from storage.columns import Keys
 from storage.errors import ConfigError, DamagedError, InputError
 from storage.fingerprint import digest_json, digest_parts
@@ -71,7 +71,11 @@ class ImageIndex:
         return len(self.images)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ImageIndex) and self.to_file() == other.to_file()
+        return (
+            isinstance(other, ImageIndex)
+            and self.images == other.images
+            and np.array_equal(self.is_eval_N, other.is_eval_N)
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -121,10 +125,12 @@ def build_index(
         InputError: no image, a class too small to divide, or a name that is no text.
     """
     place = str(Path(location).expanduser().absolute())
-    source = open_images(location)
-    entries = sorted(source.list_images(), key=attrgetter("key"))
+    cache_dir = cache_dir.absolute()
+    source = open_images(location, cache_dir)
+    make_folder(cache_dir)
     try:
-        place.encode()
+        f"{place} {cache_dir}".encode()
+        entries = sorted(source.list_images(), key=attrgetter("key"))
         keys = Keys.encode(entry.key for entry in entries)
     except UnicodeEncodeError as error:
         raise InputError(f"the name {error.object!r} in {location} is not valid UTF-8; rename it") from None
@@ -137,7 +143,10 @@ def build_index(
         is_eval_N = np.array([split == "eval" for split in hold_out(entries, eval_fraction, seed)], np.bool_)
     cache_path = cache_dir / f"digests-{digest_json(place)[:16]}.bin"
     digests = take_digests(source, entries, keys, cache_path, progress or SilentProgress())
-    return ImageIndex(ImageList(location=place, classes=classes, keys=keys, labels=labels, digests=digests), is_eval_N)
+    images = ImageList(
+        location=place, classes=classes, keys=keys, labels=labels, digests=digests, cache_dir=str(cache_dir)
+    )
+    return ImageIndex(images, is_eval_N)
 
 
 def order_classes(names: Iterable[str]) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """A list of images in memory and on disk: keys, labels and content digests in columns, 60 bytes an image.
 
-A file of columns (columns.py) with the header {location, classes, num_images, key_bytes, is_divided, ...} and
+A file of columns (columns.py) with a header {location, cache_dir, classes, num_images, key_bytes, is_divided, ...} and
 
     key_lengths   uint32, N       bytes of each key
     keys          UTF-8           in ascending order
@@ -31,6 +31,7 @@ class _Header(Schema):
     format: Literal["decant image list"] = "decant image list"
     version: Literal[1] = 1
     location: str
+    cache_dir: str
     classes: tuple[str, ...]
     num_images: int = Field(ge=0)
     key_bytes: int = Field(ge=0)
@@ -42,7 +43,7 @@ class ImageList:
 
     def __init__(
         self, *, location: str, classes: Sequence[str], keys: Keys | Iterable[str],
-        labels: NDArray[np.int32] | Sequence[int], digests: Digests | Iterable[str],
+        labels: NDArray[np.int32] | Sequence[int], digests: Digests | Iterable[str], cache_dir: str = "",
     ) -> None:  # fmt: skip
         """
         Args:
@@ -50,8 +51,9 @@ class ImageList:
             keys: in ascending order.
             labels: position in `classes`; -1 without a label.
             digests: of the encoded images, in hex; zeros for an image that could not be read.
+            cache_dir: what is known of the tars at `location`; empty for nothing.
         """
-        self.location, self.classes = location, tuple(classes)
+        self.location, self.cache_dir, self.classes = location, cache_dir, tuple(classes)
         self.keys = keys if isinstance(keys, Keys) else Keys.encode(keys)
         self.labels_N = np.asarray(labels, np.int32)
         self.digests = digests if isinstance(digests, Digests) else Digests.encode(digests)
@@ -62,7 +64,8 @@ class ImageList:
         return len(self.keys)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ImageList) and self.to_file() == other.to_file()
+        """The same images, lying in the same place."""
+        return isinstance(other, ImageList) and self.at(self.location).to_file() == other.at(other.location).to_file()
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -76,7 +79,7 @@ class ImageList:
 
     @cached_property
     def source(self) -> ImageSource:
-        return open_images(self.location)
+        return open_images(self.location, Path(self.cache_dir) if self.cache_dir else None)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -97,18 +100,19 @@ class ImageList:
             raise KeyError(key)
         return found
 
-    def at(self, location: str) -> "ImageList":
+    def at(self, location: str, cache_dir: str = "") -> "ImageList":
         """The same images, lying elsewhere."""
         return ImageList(
-            location=location, classes=self.classes, keys=self.keys, labels=self.labels_N, digests=self.digests
-        )
+            location=location, classes=self.classes, keys=self.keys, labels=self.labels_N, digests=self.digests,
+            cache_dir=cache_dir,
+        )  # fmt: skip
 
     def select(self, is_taken_N: NDArray[np.bool_]) -> "ImageList":
         """Some of the images, in the same order; those of a folder of their own take no memory."""
         rows = as_run(is_taken_N)
         return ImageList(
             location=self.location, classes=self.classes, keys=self.keys.select(rows), labels=self.labels_N[rows],
-            digests=Digests(self.digests.rows_N16[rows]),
+            digests=Digests(self.digests.rows_N16[rows]), cache_dir=self.cache_dir,
         )  # fmt: skip
 
     def read_image(self, position: int) -> NDArray[np.uint8]:
@@ -158,8 +162,8 @@ def encode_images(images: ImageList, is_eval_N: NDArray[np.bool_] | None) -> byt
     """A file of images, divided or not."""
     keys = images.keys
     header = _Header(
-        location=images.location, classes=images.classes, num_images=len(images), key_bytes=len(keys.block),
-        is_divided=is_eval_N is not None,
+        location=images.location, cache_dir=images.cache_dir, classes=images.classes, num_images=len(images),
+        key_bytes=len(keys.block), is_divided=is_eval_N is not None,
     )  # fmt: skip
     columns: list[NDArray[Any]] = [keys.lengths_N, keys.block, images.labels_N.astype("<i4"), images.digests.rows_N16]
     return encode_columns(
@@ -193,6 +197,7 @@ def decode_images(path: Path, data: bytes, remedy: str) -> Decoded:
     except DamagedError as error:
         raise DamagedError(f"{error}; {remedy}") from error
     images = ImageList(
-        location=header.location, classes=header.classes, keys=keys, labels=labels_N, digests=Digests(digests_N16)
-    )
+        location=header.location, classes=header.classes, keys=keys, labels=labels_N, digests=Digests(digests_N16),
+        cache_dir=header.cache_dir,
+    )  # fmt: skip
     return Decoded(images, is_eval_N.astype(np.bool_) if header.is_divided else None)

@@ -3,11 +3,12 @@
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from storage.errors import BadImageError, DamagedError, InputError
 from storage.image_source import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, ImageEntry, split_of
+from storage.tar_members import Member, TarMembers, TarStat, load_members, members_path, save_members
 
 
 def _tar_split(name: str) -> str | None:
@@ -22,50 +23,70 @@ class TarImages:
     images are then read by offset. Nothing is unpacked.
     """
 
-    def __init__(self, tars: list[Path]) -> None:
-        self.tars = tars
-        self._offsets: dict[str, tuple[Path, int, int]] = {}
+    def __init__(self, tars: list[Path], cache_dir: Path | None = None) -> None:
+        """`cache_dir` keeps what a scan has found."""
+        self.tars, self.cache_dir = tars, cache_dir
+        self._members: TarMembers | None = None
 
     def list_images(self) -> list[ImageEntry]:
+        self._members = members = self._find_members()
         is_divided = {"train", "eval"} <= {_tar_split(tar.stem) for tar in self.tars}
-        entries: list[ImageEntry] = []
-        offsets: dict[str, tuple[Path, int, int]] = {}
-        for tar in self.tars:
-            entries.extend(_scan(tar, _tar_split(tar.stem) if is_divided else None, offsets))
-        self._offsets = offsets
-        if not entries:
+        splits = [_tar_split(tar.stem) if is_divided else None for tar in self.tars]
+        if not len(members):
             raise InputError(
                 f"no image in {len(self.tars)} tar(s) at {self.tars[0].parent}; expected <key>.jpg, <key>.cls"
             )
-        return entries
+        classes = (*members.classes, None)  # -1 stands for the last one
+        rows = zip(members.keys, *(column.tolist() for column in members.columns), strict=True)
+        return [
+            ImageEntry(key, classes[label], splits[tar], size, members.tars[tar].stamp, members.tars[tar].inode)
+            for key, label, tar, _, size in rows
+        ]
+
+    def _find_members(self) -> TarMembers:
+        """From the cache, where the tars are still the same; else by a scan."""
+        stats = [TarStat.of(tar) for tar in self.tars]
+        path = members_path(self.cache_dir, stats) if self.cache_dir else None
+        if path and (known := load_members(path, stats)):
+            return known
+        members = TarMembers.of(stats, _scan_all(self.tars))
+        if path and len(members):
+            save_members(path, members)
+        return members
 
     def read_bytes(self, key: str) -> bytes:
-        if not self._offsets:
-            self.list_images()
-        if key not in self._offsets:
+        if self._members is None:
+            self._members = self._find_members()
+        member = self._members.find(key)
+        if member is None:
             raise BadImageError("no longer in the tars")
-        tar, offset, size = self._offsets[key]
-        if size > MAX_IMAGE_BYTES:
+        if member.num_bytes > MAX_IMAGE_BYTES:
             raise BadImageError(f"larger than {MAX_IMAGE_BYTES >> 20} MiB")
+        tar = self.tars[member.tar]
         try:
-            with open(tar, "rb") as file:
-                file.seek(offset)
-                data = file.read(size)
+            with open(tar, "rb", buffering=0) as file:
+                data = os.pread(file.fileno(), member.num_bytes, member.offset)
         except OSError as error:
             raise BadImageError(f"{tar.name} cannot be read: {os.strerror(error.errno or 0)}") from error
-        if len(data) != size:
-            raise BadImageError(f"{tar.name} ends {size - len(data)} bytes too early")
+        if len(data) != member.num_bytes:
+            raise BadImageError(f"{tar.name} ends {member.num_bytes - len(data)} bytes too early")
         return data
 
 
-def _scan(tar: Path, split: str | None, offsets: dict[str, tuple[Path, int, int]]) -> Iterator[ImageEntry]:
-    """List the images of one tar and enter them into `offsets`.
+def _scan_all(tars: Sequence[Path]) -> Iterator[Member]:
+    """The images of all tars. Raises what `_scan` raises."""
+    earlier: dict[str, Path] = {}
+    for number, tar in enumerate(tars):
+        yield from _scan(tar, number, earlier)
+
+
+def _scan(tar: Path, number: int, earlier: dict[str, Path]) -> Iterator[Member]:
+    """The images of one tar; their keys, without suffixes, are entered into `earlier`.
 
     Raises:
         DamagedError: the tar is not whole.
         InputError: a key stands twice.
     """
-    tar_file = tar.stat()
     found: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, str] = {}
     try:
@@ -77,12 +98,12 @@ def _scan(tar: Path, split: str | None, offsets: dict[str, tuple[Path, int, int]
                 if not member.isreg() or member.issparse():
                     continue
                 if f".{suffix}" in IMAGE_SUFFIXES:
-                    earlier = [tar] if stem in found else _tars_with(stem, offsets)
-                    if earlier:
+                    if stem in earlier:
                         raise InputError(
-                            f"the key {stem!r} stands twice: in {earlier[0]} and as {member.name} in {tar}; "
+                            f"the key {stem!r} stands twice: in {earlier[stem]} and as {member.name} in {tar}; "
                             "keys must be unique"
                         )
+                    earlier[stem] = tar
                     found[stem] = (suffix, member.offset_data, member.size)
                 elif suffix in ("cls", "cls.txt") and member.size <= 4096:
                     file = archive.extractfile(member)
@@ -92,13 +113,7 @@ def _scan(tar: Path, split: str | None, offsets: dict[str, tuple[Path, int, int]
         raise DamagedError(f"{tar} is not a whole, uncompressed tar: {error}; fetch or make it again") from error
     _check_end(tar, end)
     for stem, (suffix, offset, size) in found.items():
-        key = f"{stem}.{suffix}"
-        offsets[key] = (tar, offset, size)
-        yield ImageEntry(key, labels.get(stem) or None, split, size, tar_file.st_mtime_ns, tar_file.st_ino)
-
-
-def _tars_with(stem: str, offsets: dict[str, tuple[Path, int, int]]) -> list[Path]:
-    return [offsets[key][0] for key in (f"{stem}{suffix}" for suffix in IMAGE_SUFFIXES) if key in offsets]
+        yield Member(f"{stem}.{suffix}", number, offset, size, labels.get(stem) or None)
 
 
 def _check_end(tar: Path, end: int) -> None:

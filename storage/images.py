@@ -9,10 +9,13 @@ from storage.image_source import ImageSource
 from storage.image_tars import TarImages
 
 
-def open_images(location: str) -> ImageSource:
+def open_images(location: str, cache_dir: Path | None = None) -> ImageSource:
     """Open a data set by its path: a folder of class folders, a folder of tars, one tar, or `{000..009}.tar`.
 
     A folder (or the tars' names) may be divided into `train` and `val` (or `test`).
+
+    Args:
+        cache_dir: keeps what is known of tars, so that their headers are read once.
 
     Raises:
         InputError: nothing there that can be used.
@@ -28,7 +31,7 @@ def open_images(location: str) -> ImageSource:
         raise InputError(f"{location} is a file of another kind; give a folder of class folders, or tars of images")
     else:
         raise InputError(f"no such data: {location} (looked in {path.absolute()}); give DATA=<folder of class folders>")
-    return TarImages(tars) if tars else FolderImages(path)
+    return TarImages(tars, cache_dir) if tars else FolderImages(path)
 
 
 def _expand(pattern: Path) -> list[Path]:

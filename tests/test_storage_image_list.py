@@ -134,8 +134,10 @@ def test_a_list_is_no_index_and_an_index_no_list() -> None:
         ImageIndex.from_file(PATH, index.images.to_file())
 
 
-HEADER = b"""{"format": "decant image list", "version": 1, "location": "", "classes": ["c"], "num_images": %d, \
-"key_bytes": %d, "is_divided": %s}"""
+HEADER = (
+    b'{"format": "decant image list", "version": 1, "location": "", "cache_dir": "", "classes": ["c"], '
+    b'"num_images": %d, "key_bytes": %d, "is_divided": %s}'
+)
 ONE = [np.array([1], "<u4"), np.frombuffer(b"a", "u1"), np.array([0], "<i4"), np.zeros(16, "u1"), np.zeros(1, "u1")]
 
 
