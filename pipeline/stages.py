@@ -26,6 +26,8 @@ class Stage(NamedTuple):
     folder: str
     label: Callable[[PipelineConfig], str]
     """Readable part of its output folder's name."""
+    elsewhere: Callable[[PipelineConfig], str | None] = lambda config: None
+    """A store that was made elsewhere, by path or URL, and is used in the place of `needs`."""
     outputs: tuple[str, ...] = ()
     """Files whose digests go into the result, so that damage is noticed before they are used. A store has receipts."""
 
@@ -34,25 +36,25 @@ STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage(
-            name="extract", command="extract", module="extract.run", version=1, config=lambda c: c.extract,
+            name="extract", command="extract", module="extract.run", version=2, config=lambda c: c.extract,
             needs=(), data="train", folder="stores", label=lambda c: c.extract.teacher,
         ),
         Stage(
-            name="extract_eval", command="evaluate", module="extract.run", version=1, config=lambda c: c.extract_eval,
+            name="extract_eval", command="evaluate", module="extract.run", version=2, config=lambda c: c.extract_eval,
             needs=(), data="eval", folder="stores", label=lambda c: f"{c.extract.teacher}-eval",
         ),
         Stage(
             name="distill", command="distill", module="distill.run", version=2, config=lambda c: c.distill,
             needs=("extract",), data=None, folder="students",
             label=lambda c: f"{c.extract.teacher}-w{c.distill.student.width}-d{c.distill.student.depth}",
-            outputs=("student.safetensors", "projector.safetensors"),
+            outputs=("student.safetensors", "projector.safetensors"), elsewhere=lambda c: c.distill.store,
         ),
         Stage(
             name="finetune", command="finetune", module="finetune.run", version=2, config=lambda c: c.finetune,
             needs=("distill",), data="all", folder="finetune", label=lambda c: c.extract.teacher,
         ),
         Stage(
-            name="evaluate", command="evaluate", module="finetune.evaluate", version=1, config=lambda c: c.evaluate,
+            name="evaluate", command="evaluate", module="finetune.evaluate", version=2, config=lambda c: c.evaluate,
             needs=("extract", "extract_eval", "distill"), data="all", folder="evaluate",
             label=lambda c: c.extract.teacher, outputs=("pictures.npz",),
         ),
@@ -66,10 +68,15 @@ STAGES: dict[str, Stage] = {
 """In an order in which every stage comes after what it needs."""
 
 
-def upstream(names: tuple[str, ...]) -> list[str]:
+def needs(stage: Stage, config: PipelineConfig) -> tuple[str, ...]:
+    """The stages that a stage depends on under some settings."""
+    return () if stage.elsewhere(config) else stage.needs
+
+
+def upstream(names: tuple[str, ...], config: PipelineConfig) -> list[str]:
     """All stages that some stages depend on, and themselves, in running order."""
     wanted = set(names)
     for stage in reversed(STAGES.values()):
         if stage.name in wanted:
-            wanted |= set(stage.needs)
+            wanted |= set(needs(stage, config))
     return [name for name in STAGES if name in wanted]
