@@ -1,4 +1,4 @@
-"""The pieces of the Zarr layout: checksums, chunks and indexes. What no writer of ours makes is refused, and cheaply."""
+"""The pieces of the Zarr layout: checksums, chunks, indexes. What no writer of ours makes is refused, and cheaply."""
 
 from collections.abc import Callable
 from pathlib import Path
