@@ -1,16 +1,20 @@
 """Folders of images: what is listed, under which key, class and split; and what is refused."""
 
+import contextlib
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import storage.image_folder
 from storage.errors import BadImageError, InputError
-from storage.image_source import ImageEntry
+from storage.image_source import IMAGE_SUFFIXES, ImageEntry
 from storage.images import open_images
 
 Tree = Callable[..., Path]
@@ -154,3 +158,55 @@ def test_a_home_folder_is_understood(tree: Tree, monkeypatch: pytest.MonkeyPatch
     root = tree("a/1.png")
     monkeypatch.setenv("HOME", str(root.parent))
     assert open_images("~/data").list_images() == open_images(str(root)).list_images()
+
+
+def test_links_from_two_folders_into_each_other_end(tree: Tree) -> None:
+    root = tree("a/1.png", "b/2.png")
+    (root / "a" / "to_b").symlink_to(root / "b")
+    (root / "b" / "to_a").symlink_to(root / "a")
+    assert [key for key, _, _ in listed(root)] == ["a/1.png", "a/to_b/2.png", "b/2.png", "b/to_a/1.png"]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, scandir = open_images(str(tree("a/1.png", "b/2.png"))), os.scandir
+
+    def refuse(path: str) -> object:
+        if path.endswith("b"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match=r"the folder .*data/b cannot be listed: Permission denied; make it readable"):
+        source.list_images()
+
+
+NAMES = st.sampled_from(["a", "b", ".hidden", "train", "val", "é", "1.png", "2.JPG", "x.txt", "y.gif"])
+
+
+@settings(max_examples=60)
+@given(paths=st.sets(st.lists(NAMES, min_size=1, max_size=4).map("/".join), min_size=1), is_slow=st.booleans())
+def test_the_same_as_a_walk_one_by_one(
+    paths: set[str], is_slow: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Against `Path.rglob`; also where several folders are listed at a time."""
+    root = tmp_path_factory.mktemp("data")
+    for path in sorted(paths, key=len, reverse=True):
+        with contextlib.suppress(FileExistsError, NotADirectoryError, IsADirectoryError):
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_bytes(path.encode())
+    truth = {
+        str(path.relative_to(root)): (path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ino)
+        for path in root.rglob("*")
+        if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage.image_folder, "_SLOW_SECONDS", -1.0 if is_slow else 1e9)
+        patch.setattr(storage.image_folder, "_FOLDERS_AT_ONCE", 2)
+        if not truth:
+            with pytest.raises(InputError, match="no image in"):
+                open_images(str(root)).list_images()
+            return
+        entries = open_images(str(root)).list_images()
+    assert [entry.key for entry in entries] == sorted(truth)
+    assert {entry.key: (entry.num_bytes, entry.stamp, entry.inode) for entry in entries} == truth
