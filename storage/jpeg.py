@@ -62,7 +62,7 @@ def decode_view(data: bytes | memoryview, px: int, out_HWC: NDArray[np.uint8]) -
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)  # a microsecond
         if (height, width, colours) != (px, px, "YCbCr"):
-            raise BadImageError(f"expected a view of {px} x {px} YCbCr pixels, found {height} x {width} {colours}")
+            raise BadImageError(f"not a view of {px} x {px} YCbCr pixels but {height} x {width} {colours}")
         simplejpeg.decode_jpeg(data, "RGB", buffer=out_HWC)
     except ValueError as error:
         raise BadImageError(f"not a whole JPEG: {error}") from error

@@ -60,11 +60,11 @@ def jpeg(image: NDArray[np.uint8], mode: str = "RGB") -> bytes:
 
 
 NOT_THE_VIEW = {
-    "larger": (jpeg(smooth(33)), "expected a view of 32 x 32 YCbCr pixels, found 33 x 33 YCbCr"),
-    "smaller": (jpeg(smooth(31)), "found 31 x 31"),
-    "as many pixels": (jpeg(smooth(64)[:16]), "found 16 x 64"),
-    "grey": (jpeg(smooth(32), "L"), "found 32 x 32 Gray"),
-    "CMYK": (jpeg(smooth(32), "CMYK"), "found 32 x 32 CMYK"),
+    "larger": (jpeg(smooth(33)), "not a view of 32 x 32 YCbCr pixels but 33 x 33 YCbCr"),
+    "smaller": (jpeg(smooth(31)), "but 31 x 31"),
+    "as many pixels": (jpeg(smooth(64)[:16]), "but 16 x 64"),
+    "grey": (jpeg(smooth(32), "L"), "but 32 x 32 Gray"),
+    "CMYK": (jpeg(smooth(32), "CMYK"), "but 32 x 32 CMYK"),
     "empty": (b"", "not a whole JPEG"),
     "zeros": (bytes(900), "not a whole JPEG"),
     "PNG": (b"\x89PNG\r\n\x1a\n" + bytes(99), "not a whole JPEG"),

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
+import simplejpeg
 from cykooz_resizer import CpuExtensions, Resizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +21,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
 
+from storage.decode import decode_image
 from storage.resize import resize
 from storage.views import RandomResizedCrop, Renderer, View
 
@@ -177,7 +180,7 @@ def test_every_processor_gives_the_same_bytes(kernel: Any, monkeypatch: pytest.M
     assert len(tried) >= 2
 
 
-def test_threads_do_not_disturb_each_other_and_other_threads_go_on() -> None:
+def test_threads_do_not_disturb_each_other() -> None:
     images = [noise(300, 400, seed) for seed in range(4)]
     expected = [resize(image, 128, "bilinear") for image in images]
     wrong: list[int] = []
@@ -193,15 +196,32 @@ def test_threads_do_not_disturb_each_other_and_other_threads_go_on() -> None:
     assert not wrong
 
 
+def test_other_threads_go_on_while_one_decodes_or_resizes() -> None:
+    """Both let go of the interpreter lock; at a thousand views a second they would hold it all the time."""
+    image = np.resize(noise(500, 500), (4000, 4000, 3))
+    data = simplejpeg.encode_jpeg(image)
+    for work in (lambda: decode_image(data), lambda: resize(image, 6000, "bicubic")):
+        worker, ticks = threading.Thread(target=work), 0
+        worker.start()
+        while worker.is_alive():
+            time.sleep(0.001)
+            ticks += 1
+        assert ticks >= 8
+
+
 HUGE = """
-import pathlib, resource, numpy as np
+import pathlib, numpy as np
 from storage.views import Renderer, View
+def peak_kb():  # since this program began; `getrusage` gives that of the program that started it, if that was larger
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
 view = View(top=1, left=1, height=9998, width=11998)
 Renderer().render_view(np.zeros((40, 40, 3), np.uint8), View(top=0, left=0, height=40, width=40), 224)
 image = np.ones((10_000, 12_000, 3), np.uint8)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_kb()
 Renderer().render_view(image, view, 224)
-taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+taken = peak_kb() - before
 print(taken, len(list(pathlib.Path("/proc/self/task").iterdir())))
 """
 
@@ -212,4 +232,4 @@ def test_the_largest_image_takes_two_copies_of_its_crop_and_no_threads() -> None
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     taken_kb, threads = map(int, child.stdout.split())
-    assert taken_kb < 2.1 * 360_000 and threads == 1
+    assert 1.9 * 360_000 < taken_kb < 2.1 * 360_000 and threads == 1
