@@ -1,7 +1,10 @@
 """Batches arriving in a training process: threads that fill reused buffers, against DataLoader workers."""
 
+import itertools
 import os
+import threading
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,6 @@ from tests.bench.made_up import (
 from tests.bench.results import Section
 from tests.bench.timing import (
     Contender,
-    cpu_seconds,
     cpu_seconds_with,
     is_installed,
     one_core,
@@ -34,7 +36,28 @@ from tests.bench.timing import (
 )
 from tests.bench.warm_reads import plain_zarr
 
-ROUNDS, EPOCHS, DEPTH = 7, 4, 4
+ROUNDS, SLOW, EPOCHS, DEPTH = 15, 3, 4, 4
+"""A ring of four buffers: 78 MB, more than the processor's caches hold, as in a training."""
+
+
+def plain(store: Path, batches: list[NDArray[np.int64]], *, threads: int, depth: int = DEPTH) -> Callable[[], None]:
+    """The limit: every batch by `preadv` alone, into some buffers by turns."""
+    read, buffers = plain_zarr(store), [new_batch() for _ in range(depth)]
+
+    def work(number: int) -> None:
+        own = itertools.cycle(buffers[number::threads])
+        for step in range(number, EPOCHS * len(batches), threads):
+            read(batches[step % len(batches)], next(own))
+
+    def run() -> None:
+        others = [threading.Thread(target=work, args=(number,)) for number in range(1, threads)]
+        for thread in others:
+            thread.start()
+        work(0)
+        for thread in others:
+            thread.join()
+
+    return run
 
 
 def ring(store: Path, batches: list[NDArray[np.int64]], threads: int) -> Callable[[], None]:
@@ -95,65 +118,57 @@ def measure(store: Path) -> list[Section]:
 
 
 def _measure_cpu(store: Path, batches: list[NDArray[np.int64]]) -> Section:
-    read, out_BTC, count = plain_zarr(store), new_batch(), EPOCHS * len(batches)
-    gigabytes = count * BATCH * RECORD_BYTES / 1e9
-
-    def plain() -> None:
-        for number in range(count):
-            read(batches[number % len(batches)], out_BTC)
-
+    loaders, workers = _loaders(store, batches)
     contenders = [
-        Contender("raw preadv into one buffer", "limit", plain),
+        Contender(f"raw preadv into {DEPTH} buffers by turns", "limit", plain(store, batches, threads=1)),
         Contender("this store's ring, 1 thread", "ours", ring(store, batches, 1), target=0.85),
         Contender("this store's ring, 2 threads", "ours", ring(store, batches, 2)),
-    ]
+        *loaders,
+        Contender(
+            "raw preadv into one buffer", "reference", plain(store, batches, threads=1, depth=1),
+            note="which stays in the processor's cache",
+        ),
+    ]  # fmt: skip
     with one_core():
-        seconds = race(contenders, rounds=ROUNDS, clock=cpu_seconds)
-    for workers in (0, 2):
-        name = f"DataLoader, {workers} workers, default collate"
-        contender = Contender(name, "peer", None)
-        if is_installed("torch"):
-            contender, taken = _race_loader(name, store, batches, workers)
-            seconds |= taken
-        else:
-            seconds[name] = []
-        contenders.append(contender)
+        seconds = race(contenders, rounds=ROUNDS, clock=cpu_seconds_with(workers))
     method = (
-        f"{EPOCHS} shuffled epochs of {WARM_RECORDS:,} records in the page cache, batches of {BATCH}; CPU seconds of "
-        f"all processes, best of {ROUNDS} rounds; the DataLoader gives fresh memory, the others reuse theirs"
+        f"{EPOCHS} shuffled epochs of {WARM_RECORDS:,} records in the page cache, batches of {BATCH}; one core, CPU "
+        f"seconds of all processes, best of {ROUNDS} rounds that take turns (DataLoader: {ROUNDS // SLOW}, one epoch); "
+        "the DataLoader hands out fresh memory, the others fill theirs again"
     )
-    return Section(
-        "Batches arriving in a training process",
-        method,
-        speed_rows(contenders, seconds, gigabytes=gigabytes, unit="GB/CPU-s"),
-    )
+    rows = speed_rows(contenders, seconds, gigabytes=_gigabytes(batches), unit="GB/CPU-s")
+    return Section("Batches arriving in a training process", method, rows)
 
 
-def _race_loader(
-    name: str, store: Path, batches: list[NDArray[np.int64]], workers: int
-) -> tuple[Contender, dict[str, list[float]]]:
-    """Whole epochs of a DataLoader whose workers run already: what it costs to start them is not counted."""
-    loader = _loader(store, workers, batches)
+def _loaders(store: Path, batches: list[NDArray[np.int64]]) -> tuple[list[Contender], list[int]]:
+    """DataLoaders whose workers run already, as starting them is not what is measured, and the workers' process ids."""
+    contenders, workers = [], []
+    for count in (0, 2):
+        name, run = f"DataLoader, {count} workers, default collate", None
+        if is_installed("torch"):
+            loader = _loader(store, count, batches)
+            run = partial(consume, loader, batches)
+            run()
+            workers += [worker.pid for worker in loader._iterator._workers] if count else []
+        contenders.append(Contender(name, "peer", run, share=1 / EPOCHS, every=SLOW))
+    return contenders, workers
 
-    def epoch() -> None:
-        consume(loader, batches)
 
-    epoch()
-    pids = [worker.pid for worker in loader._iterator._workers] if workers else []
-    contender = Contender(name, "peer", epoch, share=1 / EPOCHS)
-    taken = race([contender], rounds=ROUNDS, clock=cpu_seconds_with(pids))
-    return contender, taken
+def _gigabytes(batches: list[NDArray[np.int64]]) -> float:
+    return EPOCHS * len(batches) * BATCH * RECORD_BYTES / 1e9
 
 
 def _measure_threads(store: Path, batches: list[NDArray[np.int64]]) -> Section:
     contenders = [
         Contender("this store's ring, 1 thread", "limit", ring(store, batches, 1)),
         Contender("this store's ring, 2 threads", "ours", ring(store, batches, 2), target=1.6),
+        Contender("raw preadv, 1 thread", "limit", plain(store, batches, threads=1)),
+        Contender(
+            "raw preadv, 2 threads", "reference", plain(store, batches, threads=2), note="what this machine gives"
+        ),
     ]
     seconds = race(contenders, rounds=ROUNDS, clock=wall_seconds)
-    gigabytes = EPOCHS * len(batches) * BATCH * RECORD_BYTES / 1e9
     cores = len(os.sched_getaffinity(0))
     method = f"the same batches by wall time on {cores} cores, best of {ROUNDS} rounds that take turns"
-    return Section(
-        "Speed-up with a second thread", method, speed_rows(contenders, seconds, gigabytes=gigabytes, unit="GB/s")
-    )
+    rows = speed_rows(contenders, seconds, gigabytes=_gigabytes(batches), unit="GB/s")
+    return Section("Speed-up with a second thread", method, rows)

@@ -23,7 +23,7 @@ class Peer(NamedTuple):
     open: Callable[[Path, Path], ReadBatch]
     """(a folder of its own, our zarr store) to a reader."""
     batches: int | None = None
-    """How many batches it reads in one round of three, where it is slow; None for all in every round."""
+    """How many batches it reads in one round of six, where it is slow; None for all in every round."""
     note: str = ""
     is_sequential: bool = False
     """It cannot read by number; each batch is the next one."""

@@ -5,9 +5,9 @@ from typing import Any
 
 from tests.bench.results import Report, Row, Section
 
-COLOURS = {"limit": "#999999", "ours": "#0072B2", "peer": "#E69F00"}
+COLOURS = {"limit": "#999999", "ours": "#0072B2", "peer": "#E69F00", "reference": "#D0D0D0"}
 """Told apart with any colour vision, and in grey by their lightness."""
-LABELS = {"limit": "the limit", "ours": "this store", "peer": "others"}
+LABELS = {"limit": "the limit", "ours": "this store", "peer": "others", "reference": "for comparison"}
 _ROW_INCHES, _PANEL_INCHES, _TARGET = 0.27, 0.6, "#000000"
 
 
@@ -16,7 +16,7 @@ def draw(report: Report, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "decant"
+    matplotlib.rcParams.update({"svg.hashsalt": "decant", "svg.fonttype": "none"})
     from matplotlib import pyplot
 
     panels = [(section, [row for row in section.rows if row.ratio is not None]) for section in report.sections]
@@ -28,7 +28,7 @@ def draw(report: Report, path: Path) -> None:
     )
     for axis, (section, rows) in zip(axes[:, 0], panels, strict=True):
         _panel(axis, section, rows)
-    figure.legend(handles=_legend(), loc="outside upper center", ncols=4, frameon=False)
+    figure.legend(handles=_legend(), loc="outside upper center", ncols=5, frameon=False)
     metadata = {"Date": None} if path.suffix == ".svg" else None
     figure.savefig(path, dpi=110, metadata=metadata)
     pyplot.close(figure)
@@ -63,5 +63,5 @@ def _legend() -> list[Any]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    bars = [Patch(color=COLOURS[role], label=LABELS[role]) for role in ("ours", "peer", "limit")]
+    bars = [Patch(color=COLOURS[role], label=LABELS[role]) for role in ("ours", "peer", "limit", "reference")]
     return [*bars, Line2D([], [], color=_TARGET, linewidth=2.2, label="aim")]

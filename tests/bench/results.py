@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Role = Literal["limit", "ours", "peer"]
+Role = Literal["limit", "ours", "peer", "reference"]
+"""A reference is measured to explain the others; it competes with nobody."""
 
 
 @dataclass(frozen=True)

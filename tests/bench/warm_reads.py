@@ -23,8 +23,8 @@ from tests.bench.peers import PEERS, Peer, ReadBatch, folder_of
 from tests.bench.results import Role, Section
 from tests.bench.timing import Contender, cpu_seconds, is_installed, one_core, race, speed_rows
 
-ROUNDS, SLOW = 21, 3
-"""Slow peers take part in one round of three."""
+ROUNDS, SLOW = 42, 6
+"""Slow peers take part in one round of six."""
 GIGABYTES = WARM_RECORDS * RECORD_BYTES / 1e9
 
 
