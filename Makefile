@@ -33,7 +33,7 @@ DOCS ?=
 option = $(if $($(2)),--$(1) '$(subst ','\'',$($(2)))')
 OPTIONS = $(strip $(call option,preset,PRESET) $(call option,teacher,TEACHER) $(call option,weights,WEIGHTS) \
 	$(call option,data,DATA) $(call option,views,VIEWS) $(call option,layout,LAYOUT) $(call option,encoding,ENCODING) \
-	$(call option,student,STUDENT) $(call option,seeds,SEEDS) \
+	$(call option,store,STORE) $(call option,student,STUDENT) $(call option,seeds,SEEDS) \
 	$(call option,executor,EXECUTOR) $(call option,work,WORK) $(if $(filter-out 0 no false,$(FORCE)),--force) $(foreach pair,$(SET),--set '$(pair)'))
 PIPELINE = @$(BIN)/python -m pipeline
 

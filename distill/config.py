@@ -65,10 +65,15 @@ class TrainRunConfig(Schema):
     loaders: int = Field(default=2, ge=1)
     """Threads that decode images and read targets."""
     prefetch: int = Field(default=4, ge=1)
-    """Batches made ahead."""
+    """Batches made ahead; at least one for each loader."""
     image_cache_mb: int = Field(default=1024, ge=0)
     """Decoded images are kept in memory until they fill this; 0 keeps none."""
     checkpoint_seconds: float = Field(default=300.0, gt=0)
+
+    @property
+    def batches_ahead(self) -> int:
+        """Each loader makes a whole batch, so with fewer of them some would only wait."""
+        return max(self.prefetch, self.loaders)
 
 
 class OptimConfig(Schema):
@@ -86,8 +91,11 @@ class OptimConfig(Schema):
 class DistillConfig(Schema):
     """A student from a store."""
 
-    not_identity: ClassVar[frozenset[str]] = frozenset({"run"})
+    not_identity: ClassVar[frozenset[str]] = frozenset({"run", "store"})
 
+    store: str | None = None
+    """Train from this finished store, made or converted elsewhere, instead of extracting one: a path, or a URL such as
+    `s3://bucket/store`."""
     student: StudentConfig = StudentConfig()
     epochs: int = Field(default=100, ge=1)
     """Passes over the images; epoch e sees one of the K stored views of each."""

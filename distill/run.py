@@ -25,16 +25,16 @@ from storage.image_index import load_index
 from storage.lock import hold_lock
 from storage.reader import open_store
 from storage.stage import Progress, SilentProgress, stop_on_signals
-from storage.views import Renderer
 
 
 def run(
     cfg: DistillConfig, inputs: Mapping[str, Path], out_dir: Path, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Train a student on the store `inputs["extract"]` and write `student.safetensors`.
+    """Train a student on a store and write `student.safetensors`.
 
     Args:
-        inputs: `extract`, a finished store; `data`, the index that says where its images lie.
+        inputs: `extract`, a finished store, unless `cfg.store` names one; `data`, the index that says where its images
+            lie.
 
     Returns:
         The stage's metrics.
@@ -44,11 +44,14 @@ def run(
     """
     progress = progress or SilentProgress()
     torch.set_num_threads(cfg.run.threads or os.cpu_count() or 1)
-    reader = open_store(inputs["extract"])
-    _warn_of_renderer(reader.plan.renderer, progress)
+    reader = open_store(cfg.store or inputs["extract"])
     stream = DistillStream(reader, load_index(inputs["data"]).location, cfg)
+    if stream.pixels.warning:
+        progress.say(
+            f"warning: {stream.pixels.warning}: the student may see slightly other pixels than the teacher did"
+        )
     if len(stream.order) < 2:
-        raise ConfigError(f"the store {inputs['extract']} has {len(stream.order)} usable images; two are needed")
+        raise ConfigError(f"the store {reader.location} has {len(stream.order)} usable images; two are needed")
 
     torch.manual_seed(cfg.seed)
     device = choose_device(cfg.run.device)
@@ -97,12 +100,3 @@ def run(
         "parameters": sum(parameter.numel() for parameter in model.student.parameters()),
         "history": log.history,
     }
-
-
-def _warn_of_renderer(stored: Mapping[str, Any], progress: Progress) -> None:
-    here = Renderer(kernel=stored["kernel"]).describe()
-    if here != stored:
-        progress.say(
-            f"warning: the store's views were rendered by {stored['library']} {stored['version']}, here it is "
-            f"{here['library']} {here['version']}: the student may see slightly other pixels than the teacher did"
-        )

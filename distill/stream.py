@@ -70,7 +70,7 @@ class DistillStream:
         run = self.cfg.run
         return iter_filled(
             self._fill, self._new_buffer, start, self.num_steps, threads=run.loaders,
-            depth=HELD_BATCHES + run.prefetch, held=HELD_BATCHES, hint=hint, look_ahead=HINT_STEPS,
+            depth=HELD_BATCHES + run.batches_ahead, held=HELD_BATCHES, hint=hint, look_ahead=HINT_STEPS,
         )  # fmt: skip
 
     def load(self, step: int) -> DistillBatch:

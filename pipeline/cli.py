@@ -68,6 +68,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--views", type=int, help="Stored views an image."),
             LAYOUT,
             ENCODING,
+            click.option("--store", help="Train from this finished store, a path or URL, instead of extracting one."),
             click.option("--student", help="vit-ti, vit-s, vit-b, vit-l or toy."),
             click.option("--seeds", type=int, help="Fine-tune with this many seeds."),
             click.option("--executor", type=click.Choice(["ray", "inline"]), help="Where extraction runs."),
@@ -144,8 +145,8 @@ def teachers() -> None:
 
 def resolve_config(
     workspace: Workspace, *, preset: str | None, teacher: str | None, weights: Path | None, data: str | None,
-    views: int | None, layout: str | None, encoding: str | None, student: str | None, seeds: int | None,
-    executor: str | None,
+    views: int | None, layout: str | None, encoding: str | None, store: str | None, student: str | None,
+    seeds: int | None, executor: str | None,
     assignments: tuple[str, ...],
 ) -> PipelineConfig:  # fmt: skip
     """Settings of a command: a preset, or the recipe of a newly named teacher, or those of the command before it; then
@@ -173,6 +174,7 @@ def resolve_config(
         ("extract.views", views),
         ("extract.layout", layout),
         ("extract.encoding", find_encoding(encoding).to_json() if encoding else None),
+        ("distill.store", store),
         ("distill.student", find_student(student).to_json() if student else None),
         ("finetune.seeds", list(range(seeds)) if seeds is not None else None),
         ("extract.run.executor", executor),
@@ -212,7 +214,7 @@ def main() -> None:
         errors.print(f"\ninterrupted; everything finished so far is kept. Go on with: {again}")
         sys.exit(130)
     except DecantError as error:
-        errors.print(f"error: {error}\nthen: {again}")
+        errors.print(f"error: {error}\nthen: {error.then or again}")
         sys.exit(error.exit_code)
     except Exception as error:
         where = _save_traceback(traceback.format_exc())

@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from extract.config import ExtractConfig
 from extract.teachers import find_teacher
 from extract.weights import weights_identity
 from pipeline import provenance
 from pipeline.config import PipelineConfig, differences
-from pipeline.stages import STAGES, Stage, upstream
+from pipeline.stages import STAGES, Stage, needs, upstream
 from pipeline.workspace import (
     Workspace,
     again_folder,
@@ -32,9 +34,11 @@ from pipeline.workspace import (
 )
 from storage.atomic import write_file, write_json
 from storage.errors import ConfigError, DecantError, StoreBusyError
+from storage.files import open_files
 from storage.fingerprint import digest_file, digest_json
 from storage.image_index import ImageIndex, build_index, require_labels
 from storage.lock import hold_lock
+from storage.reader import load_manifest, open_store
 from storage.stage import Interrupted, Progress, StageResult
 
 Action = Literal["run", "resume", "skip"]
@@ -77,21 +81,29 @@ def make_plan(
     Raises:
         ConfigError, InputError: settings or data that cannot work.
     """
-    if config.data.path is None:
-        raise ConfigError("no data: give DATA=<folder of class folders, or tars of images> (--data)")
     find_teacher(config.extract.teacher)
-    index = build_index(
-        config.data.path, eval_fraction=config.data.eval_fraction, seed=config.data.split_seed,
-        cache_dir=workspace.cache_dir, progress=progress,
-    )  # fmt: skip
-    data_path = workspace.data_path(config.data.path, index.fingerprint)
+    index = _list_images(config, workspace, progress)
+    data_path = workspace.data_path(index.location, index.fingerprint)
     listing = index.to_file()
     if not data_path.exists() or data_path.read_bytes() != listing:  # the images may lie elsewhere now
         write_file(data_path, listing)
     plans: dict[str, StagePlan] = {}
-    for name in upstream(names):
+    for name in upstream(names, config):
         plans[name] = _plan_stage(STAGES[name], config, workspace, index, plans, name in set(again))
     return Plan(config, workspace, index, data_path, plans)
+
+
+def _list_images(config: PipelineConfig, workspace: Workspace, progress: Progress | None) -> ImageIndex:
+    """The images of the data set; without one, those of the store that a student is trained from."""
+    if config.data.path is not None:
+        return build_index(
+            config.data.path, eval_fraction=config.data.eval_fraction, seed=config.data.split_seed,
+            cache_dir=workspace.cache_dir, progress=progress,
+        )  # fmt: skip
+    if config.distill.store is not None:
+        images = open_store(config.distill.store).images.at("")
+        return ImageIndex(images, np.zeros(len(images), np.bool_))
+    raise ConfigError("no data: give DATA=<folder of class folders, or tars of images> (--data)")
 
 
 def _plan_stage(
@@ -99,7 +111,10 @@ def _plan_stage(
     again: bool,
 ) -> StagePlan:  # fmt: skip
     settings = stage.config(config)
-    inputs = {name: plans[name].fingerprint for name in stage.needs}
+    inputs = {name: plans[name].fingerprint for name in needs(stage, config)}
+    store = stage.elsewhere(config)
+    if store:
+        inputs["store"] = load_manifest(open_files(store)).fingerprint
     if stage.data:
         inputs["data"] = index.fingerprint if stage.data == "all" else index.split(stage.data).fingerprint
     if isinstance(settings, ExtractConfig):
@@ -171,7 +186,7 @@ def execute(
     for name, item in plan.stages.items():
         if name not in wanted and item.action != "skip":
             raise ConfigError(
-                f"{' and '.join(sorted(wanted))} needs {name}, which is not done ({item.reason}); "
+                f"{' and '.join(sorted(wanted))} need{'' if len(wanted) > 1 else 's'} {name}, which is not done ({item.reason}); "
                 f"run `make {item.stage.command}` first, or `make run` for everything"
             )
     _check_labels(plan.images, wanted)
@@ -204,7 +219,7 @@ def _execute_stage(plan: Plan, item: StagePlan, progress: Progress) -> StageResu
     stage = item.stage
     folder = again_folder(item.folder) if item.is_again else item.folder
     settings = stage.config(plan.config)
-    inputs = {name: plan.stages[name].folder for name in stage.needs} | {"data": plan.data_path}
+    inputs = {name: plan.stages[name].folder for name in needs(stage, plan.config)} | {"data": plan.data_path}
     started = time.monotonic()
     with hold_lock(folder):  # nothing is touched where another command is at work
         sweep_private(folder)

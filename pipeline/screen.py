@@ -22,8 +22,9 @@ def show_plan(plan: Plan, stages: tuple[str, ...]) -> None:
     """One line a stage: what will be done, and why."""
     index = plan.images
     counts = {split: len(index.split(split)) for split in ("train", "eval")}
+    where = plan.config.data.path or plan.config.distill.store
     console.print(
-        f"data: {plan.config.data.path}: {counts['train']:,} images to train on, {counts['eval']:,} held out, "
+        f"data: {where}: {counts['train']:,} images to train on, {counts['eval']:,} held out, "
         f"{len(index.classes)} classes"
     )
     table = Table(box=None, pad_edge=False, show_header=False)

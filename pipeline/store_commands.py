@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from pipeline import provenance
 from pipeline.progress import show_progress
 from pipeline.repair import examine_store, repair_store
 from pipeline.screen import console
@@ -59,9 +60,11 @@ def verify(stores: tuple[str, ...], read_data: str, work: Path) -> None:
         health = _examine(location, fraction)
         num_damaged += len(health.damaged_shards)
     if num_damaged:
-        raise DamagedError(
+        error = DamagedError(
             f"{num_damaged} parts of the stores are damaged or missing; run `make repair`, which makes only these again"
         )
+        error.then = provenance.command_line().replace(" verify", " repair", 1)
+        raise error
     if not locations:
         console.print(f"no store in {work}")
         return

@@ -20,6 +20,8 @@ class DecantError(Exception):
     """Base of everything that is reported as one line instead of a traceback."""
 
     exit_code = 1
+    then = ""
+    """The command to give next, where it is another one than the one that failed."""
 
 
 class ConfigError(DecantError, ValueError):

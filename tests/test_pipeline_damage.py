@@ -8,7 +8,6 @@ import pytest
 
 from pipeline.stages import STAGES
 from pipeline.workspace import Workspace
-from storage.lock import hold_lock
 
 Decant = Callable[..., Any]
 Run = tuple[Path, Path]
@@ -59,7 +58,7 @@ def test_only_the_lost_shard_is_extracted_again(
 
 
 @pytest.mark.parametrize("damage", [remove, cut, flip])
-@pytest.mark.parametrize("name", ["manifest.json", "images.json", "plan.json"])
+@pytest.mark.parametrize("name", ["manifest.json", "images.bin", "plan.json"])
 def test_what_belongs_to_no_shard_is_written_again(
     decant: Decant, copy_run: Run, tree_bytes: Read, name: str, damage: Callable[[Path], None]
 ) -> None:
@@ -76,36 +75,6 @@ def test_what_belongs_to_no_shard_is_written_again(
     assert outcome.code == 0
     assert "extract resume the store's " in outcome.out
     assert tree_bytes(store) == before
-
-
-def test_verify_finds_a_flipped_bit_and_extract_repairs_it(decant: Decant, copy_run: Run, tree_bytes: Read) -> None:
-    _, work = copy_run
-    store = folder_of(work, "extract")
-    before = tree_bytes(store)
-    assert "2 stores are whole" in decant("verify", "--work", work).out
-    flip(store / "tokens" / "c" / "1" / "0" / "0")
-    outcome = decant("verify", "--work", work)
-    assert outcome.code == 6
-    assert "tokens/c/1/0/0: digest" in outcome.out
-    assert "1 parts of the stores are damaged or missing; run `make extract`" in outcome.err
-    assert outcome.err.splitlines()[-1] == f"then: decant verify --work {work}"
-    assert decant("extract", "--work", work).code == 0
-    assert tree_bytes(store) == before
-    assert "2 stores are whole" in decant("verify", "--work", work).out
-
-
-def test_verify_leaves_a_store_alone_that_is_being_written(decant: Decant, copy_run: Run) -> None:
-    store = folder_of(copy_run[1], "extract")
-    (store / "receipts" / "00003.json").unlink()
-    with hold_lock(store):
-        assert decant("verify", "--work", copy_run[1]).code == 4
-    assert (store / "manifest.json").exists()
-
-
-def test_verify_without_stores(decant: Decant, tmp_path: Path) -> None:
-    outcome = decant("verify", "--work", tmp_path)
-    assert outcome.code == 0
-    assert "no store in" in outcome.out
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_every_setting_is_classified() -> None:
     }
     assert left_out == {
         "extract": {"weights", "max_bad_fraction", "run"}, "extract_eval": {"weights", "max_bad_fraction", "run"},
-        "distill": {"run"}, "finetune": {"run"}, "evaluate": {"run"}, "report": set(),
+        "distill": {"run", "store"}, "finetune": {"run"}, "evaluate": {"run"}, "report": set(),
     }  # fmt: skip
 
 
@@ -177,11 +177,14 @@ def test_other_weights_under_the_same_path_change_everything(plan: Callable[...,
 
 
 def test_upstream_closure() -> None:
-    assert upstream(("extract",)) == ["extract"]
-    assert upstream(("distill",)) == ["extract", "distill"]
-    assert upstream(("finetune",)) == ["extract", "distill", "finetune"]
-    assert upstream(("evaluate",)) == ["extract", "extract_eval", "distill", "evaluate"]
-    assert upstream(("report",)) == list(STAGES)
+    config = load_preset("smoke")
+    assert upstream(("extract",), config) == ["extract"]
+    assert upstream(("distill",), config) == ["extract", "distill"]
+    assert upstream(("finetune",), config) == ["extract", "distill", "finetune"]
+    assert upstream(("evaluate",), config) == ["extract", "extract_eval", "distill", "evaluate"]
+    assert upstream(("report",), config) == list(STAGES)
+    elsewhere = config.model_copy(update={"distill": config.distill.model_copy(update={"store": "s3://b/store"})})
+    assert upstream(("finetune",), elsewhere) == ["distill", "finetune"]
     for place, stage in enumerate(STAGES.values()):
         assert set(stage.needs) <= set(ALL[:place]), "every stage comes after what it needs"
 
