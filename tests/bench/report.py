@@ -65,7 +65,7 @@ def as_markdown(report: Report) -> str:
         for row in section.rows:
             name = f"**{row.what}**" if row.role == "ours" else row.what
             cells = [name, value_cell(row), ratio_cell(row), target_cell(row), remark(section, row)]
-            lines.append("| " + " | ".join(cells).replace("  ", " ") + " |")
+            lines.append(f"| {' | '.join(cells)} |".replace("  ", " "))
     winners = [
         f"{row.what} ({section.title.lower()})" for section in report.sections for row in section.winning_peers()
     ]
