@@ -185,8 +185,9 @@ def execute(
     wanted = set(names)
     for name, item in plan.stages.items():
         if name not in wanted and item.action != "skip":
+            verb = "need" if len(wanted) > 1 else "needs"
             raise ConfigError(
-                f"{' and '.join(sorted(wanted))} need{'' if len(wanted) > 1 else 's'} {name}, which is not done ({item.reason}); "
+                f"{' and '.join(sorted(wanted))} {verb} {name}, which is not done ({item.reason}); "
                 f"run `make {item.stage.command}` first, or `make run` for everything"
             )
     _check_labels(plan.images, wanted)
