@@ -49,7 +49,7 @@ class LabelledImages:
             return self._load(step, draw.positions_B.tolist(), draw.epochs_B.tolist())
 
         run = self.cfg.run
-        return prefetch(load, start, self.steps, threads=run.loaders, ahead=run.prefetch)
+        return prefetch(load, start, self.steps, threads=run.loaders, ahead=run.batches_ahead)
 
     def eval_batches(self) -> Iterator[LabelledBatch]:
         """Every image once, in order, in its centred view."""
@@ -59,7 +59,7 @@ class LabelledImages:
             return self._load(step, list(range(step * size, min(count, (step + 1) * size))), None)
 
         run = self.cfg.run
-        return prefetch(load, 0, -(-count // size), threads=run.loaders, ahead=run.prefetch)
+        return prefetch(load, 0, -(-count // size), threads=run.loaders, ahead=run.batches_ahead)
 
     def _load(self, step: int, positions: list[int], epochs: list[int] | None) -> LabelledBatch:
         listing = self.images.images

@@ -44,6 +44,11 @@ def iter_filled(
     if min(threads, held, look_ahead, depth - held + 1) < 1:
         raise ValueError(f"a ring of {depth} buffers cannot have {threads=}, {held=}, {look_ahead=}")
 
+    steps = iter(range(first, last))
+    under_way: deque[tuple[Future[Batch], Buffer]] = deque()
+    lent: deque[Buffer] = deque()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="decant-ring")
+
     def make(step: int, buffer: Buffer) -> Batch:
         if hint is not None:
             for coming in range(first if step == first else step + look_ahead, step + look_ahead + 1):
@@ -56,10 +61,6 @@ def iter_filled(
         for step in islice(steps, 1):
             under_way.append((pool.submit(make, step, buffer), buffer))
 
-    steps = iter(range(first, last))
-    under_way: deque[tuple[Future[Batch], Buffer]] = deque()
-    lent: deque[Buffer] = deque()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="decant-ring")
     try:
         for _ in range(min(depth, last - first)):
             start(make_buffer())

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from distill.config import DistillConfig, StudentConfig, TrainRunConfig
-from distill.stream import HELD_BATCHES, DistillBatch, DistillStream
+from distill.stream import HELD_BATCHES, DistillBatch, DistillStream, pinned_empty
 from extract.config import ExecutionConfig, ExtractConfig
 from extract.run import run
 from storage.errors import DamagedError, InputError
@@ -154,9 +154,12 @@ def test_the_images_may_have_moved(toy_store: ToyStore, tmp_path: Path) -> None:
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-def test_memory_is_used_again_and_a_batch_stays_valid_for_two_steps(toy_store: ToyStore) -> None:
+@pytest.mark.parametrize(("loaders", "ahead"), [(3, 4), (6, 6)])
+def test_memory_is_used_again_and_a_batch_stays_valid_for_two_steps(
+    loaders: int, ahead: int, toy_store: ToyStore
+) -> None:
     data, store = toy_store(views=VIEWS)
-    cfg = CFG.model_copy(update={"run": TrainRunConfig(device="cpu", loaders=3, prefetch=4)})
+    cfg = CFG.model_copy(update={"run": TrainRunConfig(device="cpu", loaders=loaders, prefetch=4)})
     stream = open_stream(data, store, cfg)
     addresses: set[tuple[int, ...]] = set()
     before: DistillBatch | None = None
@@ -165,7 +168,21 @@ def test_memory_is_used_again_and_a_batch_stays_valid_for_two_steps(toy_store: T
         for held in filter(None, (before, batch)):
             assert_equal(held, stream.load(held.step))
         before = batch
-    assert len(addresses) == HELD_BATCHES + 4
+    assert len(addresses) == HELD_BATCHES + ahead, "every loader has a batch to make"
+
+
+def test_memory_for_a_gpu_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty, asked = torch.empty, []
+
+    def without_a_gpu(*size: int, pin_memory: bool, **options: Any) -> torch.Tensor:
+        asked.append(pin_memory)
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", without_a_gpu)
+    array = pinned_empty((3, 5, 7), "<f2")
+    assert (array.shape, array.dtype.name, asked) == ((3, 5, 7), "float16", [True])
+    assert array.flags.c_contiguous
+    assert array.flags.writeable
 
 
 def test_the_disk_is_told_of_all_records_before_they_are_read(

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gc
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -140,6 +141,20 @@ def test_rings_can_be_entered_again_and_side_by_side() -> None:
     one, other = (iter_filled(fill, Maker(), first, first + 5, threads=2, depth=2) for first in (0, 50))
     pairs = [(int(a[0]), int(b[0])) for a, b in zip(one, other, strict=True)]
     assert pairs == [(n, 50 + n) for n in range(5)]
+
+
+def test_a_forked_child_can_have_rings_of_its_own(fork: Callable[[Callable[[], object]], int]) -> None:
+    """Also in the middle of its parent's: threads do not come along."""
+    batches = iter_filled(fill, Maker(), 0, 10, threads=2, depth=4)
+    next(batches)
+
+    def work() -> None:
+        found = [int(batch[0]) for batch in iter_filled(fill, Maker(), 0, 20, threads=2, depth=4)]
+        assert found == list(range(20))
+
+    _, status = os.waitpid(fork(work), 0)
+    assert status == 0
+    assert [int(batch[0]) for batch in batches] == list(range(1, 10))
 
 
 # ---- announcements ---------------------------------------------------------------------------------------------------
