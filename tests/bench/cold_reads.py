@@ -4,10 +4,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.order import EpochOrder
 from storage.reader import open_store
 from storage.ring import iter_filled
 from storage.zarr_format import CRC_BYTES, token_shard_name
@@ -25,7 +27,7 @@ from tests.bench.results import Section
 from tests.bench.timing import Contender, race, speed_rows, wall_seconds
 from tests.bench.warm_reads import plain_zarr
 
-ROUNDS, BLOCK, AHEAD, PART = 5, 16, 2, 8
+ROUNDS, BLOCK, AHEAD, PART, POOL, TARGET = 5, 16, 2, 8, 1024, 0.85
 """Records that follow each other on disk are read in blocks, hinted at some batches ahead; slow peers read 1/PART."""
 
 Batches = list[NDArray[np.int64]]
@@ -48,6 +50,13 @@ def drop_from_cache(store: Path) -> None:
             os.close(descriptor)
 
 
+def read_ahead(store: Path) -> str:
+    """How much the system reads ahead of a sequential reader on this disk."""
+    device = store.stat().st_dev
+    path = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    return f"{path.read_text().strip()} kB" if path.exists() else "some"
+
+
 def sequential(store: Path) -> None:
     """Every shard file from its first byte to its last, in large pieces."""
     buffer = memoryview(new_batch()).cast("B")
@@ -59,24 +68,52 @@ def sequential(store: Path) -> None:
 
 
 def with_hints(store: Path, batches: Batches, threads: int) -> Callable[[], None]:
-    """This store, as a trainer reads it: a ring, told of what comes."""
+    """This store, told of each batch a little before."""
+    return lambda: _through_ring(store, batches, threads, hinted=batches, look_ahead=AHEAD)
 
-    def run() -> None:
-        reader = open_store(store, check="never")
 
-        def fill(step: int, buffer: dict[str, NDArray[Any]]) -> NDArray[np.float16]:
-            reader.read_encoded(batches[step], buffer)
-            return buffer["tokens"]
+def _through_ring(store: Path, batches: Batches, threads: int, *, hinted: Batches, look_ahead: int) -> None:
+    """As a trainer reads: a ring, which hints at some records with each step."""
+    reader = open_store(store, check="never")
 
-        arriving = iter_filled(
-            fill, lambda: {"tokens": new_batch()}, 0, len(batches), threads=threads, depth=threads + 1,
-            hint=lambda step: reader.hint(batches[step]), look_ahead=AHEAD,
-        )  # fmt: skip
-        for step, tokens_BTC in enumerate(arriving):
-            if step == 0:
-                check_batch(batches[0], tokens_BTC)
+    def fill(step: int, buffer: dict[str, NDArray[Any]]) -> NDArray[np.float16]:
+        reader.read_encoded(batches[step], buffer)
+        return buffer["tokens"]
 
-    return run
+    def hint(step: int) -> None:
+        if step < len(hinted):
+            reader.hint(hinted[step])
+
+    arriving = iter_filled(
+        fill, lambda: {"tokens": new_batch()}, 0, len(batches), threads=threads, depth=threads + 1, hint=hint,
+        look_ahead=look_ahead,
+    )  # fmt: skip
+    for step, tokens_BTC in enumerate(arriving):
+        if step == 0:
+            check_batch(batches[0], tokens_BTC)
+
+
+class TrainersOrder:
+    """An epoch as `distill/order.py` draws it, with smaller pools, as the store is small: what a training reads in the
+    middle of its run. The first pool lies in the cache when the time begins; the others are announced a pool ahead, as
+    blocks, and then read in full shuffle."""
+
+    def __init__(self, store: Path) -> None:
+        self.store = store
+        with mock.patch("distill.order.POOL_IMAGES", POOL):
+            order = EpochOrder(np.arange(COLD_RECORDS), SHARD_RECORDS, seed=3)
+            steps = range(COLD_RECORDS // BATCH)
+            self.batches = [order.batch(step, BATCH).positions_B for step in steps]
+            self.coming = [order.coming(step, BATCH).positions_B for step in steps[: (COLD_RECORDS - POOL) // BATCH]]
+
+    def prepare(self) -> None:
+        drop_from_cache(self.store)
+        read, out_BTC = plain_zarr(self.store, COLD_RECORDS), new_batch()
+        for records_B in self.batches[: POOL // BATCH]:
+            read(np.sort(records_B), out_BTC)
+
+    def run(self) -> None:
+        _through_ring(self.store, self.batches, 1, hinted=self.coming, look_ahead=1)
 
 
 def without_hints(store: Path, batches: Batches) -> Callable[[], None]:
@@ -109,12 +146,22 @@ def measure(store: Path) -> Section:
     blocks, singles = block_shuffled(COLD_RECORDS), shuffled_batches(COLD_RECORDS)
     part = len(singles) // PART
     drop = {"prepare": lambda: drop_from_cache(store)}
+    trainers = TrainersOrder(store)
     contenders = [
         Contender("the disk, sequential", "limit", lambda: sequential(store), **drop),
         Contender(
-            "this store, blocks of 16, hints, 1 thread", "ours", with_hints(store, blocks, 1), **drop, target=0.85
+            "this store, blocks of 16, hints, 1 thread", "ours", with_hints(store, blocks, 1), **drop, target=TARGET
         ),
         Contender("this store, blocks of 16, hints, 2 threads", "ours", with_hints(store, blocks, 2), **drop),
+        Contender(
+            f"this store, trainer's order, pools of {POOL:,}",
+            "ours",
+            trainers.run,
+            prepare=trainers.prepare,
+            share=1 - POOL / COLD_RECORDS,
+            target=TARGET,
+            note="a full shuffle of each pool, hints a pool ahead",
+        ),
         Contender("preadv, blocks of 16, no hints", "peer", without_hints(store, blocks), **drop),
         Contender(
             "preadv, single records, no hints", "peer", without_hints(store, singles[:part]), **drop, share=1 / PART
@@ -127,6 +174,6 @@ def measure(store: Path) -> Section:
     method = (
         f"{COLD_RECORDS:,} records, {gigabytes:.2f} GB in {COLD_RECORDS // SHARD_RECORDS} shards, dropped from the "
         f"page cache before each run (fsync, posix_fadvise; a host below a virtual disk may still cache); wall "
-        f"seconds, best of {ROUNDS} rounds that take turns"
+        f"seconds, best of {ROUNDS} rounds that take turns; the system reads {read_ahead(store)} ahead by itself"
     )
     return Section("Shuffled reads, cold", method, speed_rows(contenders, seconds, gigabytes=gigabytes, unit="GB/s"))
