@@ -126,7 +126,7 @@ class Keys(Sequence[str]):
         """Some of the strings, in the same order; a slice takes no memory."""
         if isinstance(rows, slice):
             first, end, _ = rows.indices(len(self))
-            return Keys(self.block[self._starts_N1[first] : self._starts_N1[max(first, end)]], self.lengths_N[rows])
+            return Keys(self.block[self._starts_N1[first] : self._starts_N1[end]], self.lengths_N[rows])
         return Keys(self.block[np.repeat(rows, self.lengths_N)], self.lengths_N[rows])
 
     def find(self, key: str) -> int | None:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -210,3 +211,22 @@ def test_the_same_as_a_walk_one_by_one(
         entries = open_images(str(root)).list_images()
     assert [entry.key for entry in entries] == sorted(truth)
     assert {entry.key: (entry.num_bytes, entry.stamp, entry.inode) for entry in entries} == truth
+
+
+@pytest.mark.parametrize("is_slow", [True, False])
+def test_several_folders_are_listed_at_a_time_only_where_files_answer_slowly(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch, is_slow: bool
+) -> None:
+    source, scandir = open_images(str(tree("a/1.png", "b/2.png", "c/3.png"))), os.scandir
+    threads, together = set[int](), threading.Barrier(3, timeout=10)
+
+    def listed_together(path: str) -> object:
+        threads.add(threading.get_ident())
+        if is_slow and not path.endswith("data"):
+            together.wait()
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", listed_together)
+    monkeypatch.setattr(storage.image_folder, "_SLOW_SECONDS", -1.0 if is_slow else 1e9)
+    assert len(source.list_images()) == 3
+    assert len(threads) == (4 if is_slow else 1)
