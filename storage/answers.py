@@ -53,22 +53,28 @@ class Answer(NamedTuple):
 def understand(error: BaseException) -> Answer:
     """What an error of one of the libraries means."""
     causes = list(_causes(error))
-    status, code = _first(map(_status, causes)), _first(map(_code, causes))
-    names = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
-    text = _text(causes, status, code)
+    names = [_names(cause) for cause in causes]
+    telling = next(
+        (
+            cause
+            for cause, own in zip(causes, names, strict=True)
+            if _status(cause) or _code(cause) or own & UNREACHABLE
+        ),
+        next((cause for cause in causes if not isinstance(cause, FileNotFoundError)), error),
+    )  # an inner cause may have a status of its own that means nothing: aiohttp's parser calls a cut answer "400"
+    status, code, all_names = _status(telling), _code(telling), set().union(*names)
+    text = _text(telling, status, code)
     if code == "NoSuchBucket":
         return Answer("no bucket", text)
-    if status in AGAIN_STATUSES or code in AGAIN_CODES:
+    if status in AGAIN_STATUSES or code in AGAIN_CODES or (status is None and all_names & UNREACHABLE):
         return Answer("again", text)
     if status == 416 or code == "InvalidRange":
         return Answer("past the end", text)
-    if status in (401, 403) or names & NOT_ALLOWED:
+    if status in (401, 403) or all_names & NOT_ALLOWED:
         return Answer("not allowed", text)
-    if status is None and names & UNREACHABLE:
-        return Answer("again", text)
-    if status in (404, 410) or ("FileNotFoundError" in names and status is None):
+    if status in (404, 410) or (status is None and "FileNotFoundError" in all_names):
         return Answer("missing", text)
-    is_refusal = status is not None or bool(names & REFUSALS)
+    is_refusal = status is not None or bool(all_names & REFUSALS)
     return Answer("refused" if is_refusal else "bug", text)
 
 
@@ -104,8 +110,9 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         current = current.__cause__
 
 
-def _first(values: Iterator[Any]) -> Any:
-    return next((value for value in values if value), None)
+def _names(error: BaseException) -> set[str]:
+    """What an error is an instance of."""
+    return {kind.__name__ for kind in type(error).__mro__}
 
 
 def _status(error: BaseException) -> int | None:
@@ -128,11 +135,13 @@ def _code(error: BaseException) -> str | None:
     return str(code) if code else None
 
 
-def _text(causes: list[BaseException], status: int | None, code: str | None) -> str:
+def _text(error: BaseException, status: int | None, code: str | None) -> str:
     """One line of what was answered."""
-    innermost = causes[-1]
-    said = str(getattr(innermost, "message", "") or "") if status else ""
-    telling = next((cause for cause in causes if not isinstance(cause, FileNotFoundError)), causes[0])
-    words = " ".join((said or str(telling) or type(innermost).__name__).split())[:300]
-    answered = " ".join(str(part) for part in (status, code if code != str(status) else None) if part)
-    return f"{answered} {words}".strip() if answered else f"{type(innermost).__name__}: {words}"
+    response = getattr(error, "response", None)
+    said = response.get("Error", {}).get("Message") if isinstance(response, dict) else getattr(error, "message", None)
+    words = " ".join(str((status and said) or error).split())[:300]
+    answered = [str(status)] if status else []
+    answered += [code] if code and code != str(status) else []
+    if not answered:
+        return f"{type(error).__name__}: {words or 'no reason given'}"
+    return " ".join([*answered, words])
