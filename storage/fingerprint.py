@@ -40,7 +40,7 @@ def digest_json(value: Any) -> str:
 
 
 def digest_file(path: Path) -> str:
-    hasher = blake3(max_threads=blake3.AUTO)
+    hasher = blake3()  # one thread: those of a pool do not live on in a forked process, which would wait for ever
     hasher.update_mmap(path)
     return hasher.hexdigest()[:FINGERPRINT_CHARS]
 

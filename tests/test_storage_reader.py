@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from storage.errors import DamagedError, InputError
-from storage.reader import FeatureReader, open_store
+from storage.image_index import FILE_NAME, ImageList
+from storage.reader import open_store
 from storage.records import FORMAT_VERSION, StoreManifest
+from storage.store import FeatureReader
 from storage.zarr_format import token_shard_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,7 +139,9 @@ def test_no_store_and_an_unfinished_one(make_store: Any, tmp_path: Path) -> None
             open_store(folder)
     root, _, _ = make_store()
     (root / "manifest.json").unlink()
-    with pytest.raises(InputError, match=r"store holds an unfinished store: run `make extract` to complete it"):
+    with pytest.raises(
+        InputError, match=r"store holds an unfinished store \(no manifest\.json\): run `make extract` to complete it"
+    ):
         open_store(root)
 
 
@@ -146,7 +150,10 @@ def test_a_newer_format_is_refused_by_name(make_store: Any) -> None:
     manifest = open_store(root).manifest
     newer = manifest.model_copy(update={"plan": plan.model_copy(update={"format_version": FORMAT_VERSION + 1})})
     (root / "manifest.json").write_bytes(newer.to_file())
-    with pytest.raises(InputError, match=rf"manifest\.json has store format 2, this .* up to {FORMAT_VERSION}; update"):
+    with pytest.raises(
+        InputError,
+        match=rf"manifest\.json has store format {FORMAT_VERSION + 1}, this .* up to {FORMAT_VERSION}; update",
+    ):
         open_store(root)
 
 
@@ -159,8 +166,26 @@ class LaterManifest(StoreManifest):
 def test_a_newer_format_may_hold_anything_else(make_store: Any) -> None:
     root, plan, _ = make_store()
     newer = plan.model_copy(update={"format_version": FORMAT_VERSION + 1})
-    (root / "manifest.json").write_bytes(LaterManifest(plan=newer, metadata=(), shards=()).to_file())
+    later = LaterManifest(plan=newer, metadata=(), receipts=(), num_records=0, num_bytes=0)
+    (root / "manifest.json").write_bytes(later.to_file())
     with pytest.raises(InputError, match="update it"):
+        open_store(root)
+
+
+def test_a_format_from_before_the_first_release_is_refused_by_name(make_store: Any) -> None:
+    root, plan, _ = make_store()
+    manifest = open_store(root).manifest
+    older = manifest.model_copy(update={"plan": plan.model_copy(update={"format_version": FORMAT_VERSION - 1})})
+    (root / "manifest.json").write_bytes(older.to_file())
+    with pytest.raises(InputError, match=rf"store format {FORMAT_VERSION - 1}, from before .*: extract it again"):
+        open_store(root)
+
+
+def test_a_manifest_of_too_few_shards_is_refused(make_store: Any) -> None:
+    root, _, _ = make_store()
+    manifest = open_store(root).manifest
+    (root / "manifest.json").write_bytes(manifest.model_copy(update={"receipts": manifest.receipts[:2]}).to_file())
+    with pytest.raises(DamagedError, match=r"manifest\.json names 2 receipts for 3 shards"):
         open_store(root)
 
 
@@ -175,8 +200,20 @@ def test_what_is_no_manifest_is_refused_by_name(make_store: Any, text: bytes) ->
 def test_the_image_list_of_another_store_is_refused(make_store: Any) -> None:
     root, _, _ = make_store("one")
     other, _, _ = make_store("other", num_images=9)
-    shutil.copy(other / "images.json", root)
-    with pytest.raises(DamagedError, match=r"one/images\.json is not the image list of this store"):
+    shutil.copy(other / FILE_NAME, root)
+    with pytest.raises(DamagedError, match=r"one/images\.bin is not the image list of this store"):
+        open_store(root).images  # noqa: B018
+
+
+def test_the_same_images_with_other_labels_are_refused(make_store: Any) -> None:
+    """Labels are no part of the images' fingerprint, but of the committed list."""
+    root, _, images = make_store()
+    others = ImageList(
+        location="", classes=("a", "b"), keys=images.keys, labels=[1] * len(images), digests=images.digests
+    )
+    assert others.fingerprint == images.fingerprint
+    (root / FILE_NAME).write_bytes(others.to_file())
+    with pytest.raises(DamagedError, match=r"images\.bin is not the image list of this store"):
         open_store(root).images  # noqa: B018
 
 
@@ -185,20 +222,28 @@ def test_the_image_list_of_another_store_is_refused(make_store: Any) -> None:
 
 def test_files_that_go_or_change_while_a_store_is_open(make_store: Any) -> None:
     root, _, images = make_store()
-    reader, path = open_store(root), root / token_shard_name(0)
-    expected = batch(reader, range(6))
+    path = root / token_shard_name(0)
+    readers = {check: open_store(root, check=check) for check in ("once", "always", "never")}
+    expected = batch(readers["never"], range(6))
+    for reader in readers.values():
+        np.testing.assert_array_equal(batch(reader, range(1, 6)), expected[1:])
     whole = path.read_bytes()
-    path.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
-    np.testing.assert_array_equal(batch(reader, range(1, 6)), expected[1:])
+    path.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])  # the same file: still open in the readers
     named = re.escape(str(path))
-    with pytest.raises(DamagedError, match=f"record 0 in {named} does not match its checksum.*`make verify`"):
-        batch(reader, [0])
-    path.write_bytes(whole[:-300])
-    with pytest.raises(DamagedError, match=named):
+    for check in ("once", "always"):
+        np.testing.assert_array_equal(batch(readers[check], range(1, 6)), expected[1:])
+        with pytest.raises(DamagedError, match=f"record 0 in {named} is damaged.*`make verify`"):
+            batch(readers[check], [5, 0])
+    assert not np.array_equal(batch(readers["never"], [0]), expected[:1])
+    reader = readers["always"]
+    path.write_bytes(whole[:300])
+    with pytest.raises(DamagedError, match=f"{named} ends before byte"):
         batch(reader, [5])
-    path.unlink()
+    path.write_bytes(whole)
+    path.unlink()  # an open file stays whole until its readers let go
+    np.testing.assert_array_equal(batch(reader, range(6)), expected)
     with pytest.raises(DamagedError, match=f"{named} is missing"):
-        batch(reader, [5])
+        batch(open_store(root), [5])
     (root / "token_mean/c/1/0").unlink()
     with pytest.raises(DamagedError, match="token_mean/c/1/0 is missing"):
         reader.read(images.keys[3], 0)

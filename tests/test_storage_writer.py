@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 import storage.writer
 from storage.atomic import create_file
-from storage.errors import DamagedError
+from storage.errors import ConfigError, DamagedError
 from storage.image_index import ImageList
 from storage.reader import open_store
+from storage.receipts import committed_shards, read_receipt
 from storage.records import FeatureRecord, ImageKey, StorePlan
 from storage.verify import iter_damage
 from storage.views import View
-from storage.writer import ShardWriter, committed_shards, finish_store, read_receipt
+from storage.writer import ShardWriter, create_store, finish_store
 
 
 @pytest.fixture
@@ -59,7 +60,8 @@ def record_of(plan: StorePlan, key: str, view_index: int, generator: np.random.G
 
 def assert_equal(found: FeatureRecord, expected: FeatureRecord) -> None:
     assert found[:3] == expected[:3]
-    for ours, theirs in zip(found[3:], expected[3:], strict=True):
+    assert found.jpeg == expected.jpeg
+    for ours, theirs in zip(found[3:6], expected[3:6], strict=True):
         assert ours.dtype == theirs.dtype and ours.tobytes() == theirs.tobytes() and ours.shape == theirs.shape
 
 
@@ -84,7 +86,7 @@ def round_trip(case: Case, root: Path, plan: StorePlan, images: ImageList) -> No
         for view in range(case.views)
     }
     for index in order.sample(range(plan.num_shards), plan.num_shards):
-        writer = ShardWriter(root, plan, index, images.keys)
+        writer = ShardWriter(root, plan, images, index)
         positions = plan.images_of_shard(index)
         numbers = [n for n in expected if n // case.views in positions]
         for number in order.sample(numbers, len(numbers)):
@@ -173,13 +175,13 @@ def test_a_shard_that_is_not_whole_is_not_committed(begin_store: Any, fill_shard
     root, plan, images = begin_store()
     before = tree_bytes(root)
     whole = fill_shard(root, plan, images, 1)
-    missing, surplus = ShardWriter(root, plan, 1, images.keys), fill_shard(root, plan, images, 1)
+    missing, surplus = ShardWriter(root, plan, images, 1), fill_shard(root, plan, images, 1)
     generator = np.random.default_rng(0)
     for key in missing.keys:
         missing.append(record_of(plan, key, 0, generator))
     surplus.mark_bad(surplus.keys[0], "but it has records")
-    for writer, found, expected in ((missing, 3, 6), (surplus, 6, 4)):
-        with pytest.raises(AssertionError, match=f"shard 1: {found} records, expected {expected}"):
+    for writer, wrong, first in ((missing, 3, 1), (surplus, 2, 0)):
+        with pytest.raises(AssertionError, match=f"shard 1: {wrong} records missing or of bad images, first {first}$"):
             writer.commit()
     assert tree_bytes(root) == before
     whole.commit()
@@ -188,11 +190,14 @@ def test_a_shard_that_is_not_whole_is_not_committed(begin_store: Any, fill_shard
 
 def test_records_that_do_not_fit_are_refused(begin_store: Any) -> None:
     root, plan, images = begin_store()
-    writer = ShardWriter(root, plan, 0, images.keys)
+    writer = ShardWriter(root, plan, images, 0)
     record = record_of(plan, images.keys[0], 0, np.random.default_rng(0))
     for changed in (
         record._replace(tokens_TC=record.tokens_TC.astype(np.float32)),
         record._replace(tokens_TC=record.tokens_TC[:-1]),
+        record._replace(token_mean_T=record.token_mean_T[:-1]),
+        record._replace(token_std_T=record.token_std_T[:, None]),
+        record._replace(jpeg=b"no views are stored"),
         record._replace(view_index=2),
         record._replace(view_index=-1),
     ):
@@ -200,3 +205,47 @@ def test_records_that_do_not_fit_are_refused(begin_store: Any) -> None:
             writer.append(changed)
     with pytest.raises(KeyError):
         writer.append(record._replace(key=images.keys[3]))  # an image of the next shard
+
+
+@pytest.mark.parametrize("backend", ["zarr", "wds"])
+def test_tokens_that_change_before_their_commit_are_never_read(backend: str, begin_store: Any) -> None:
+    """`append` copies nothing; who reuses the memory too early is told by the first read."""
+    root, plan, images = begin_store(num_images=1, views_per_image=1, backend=backend)
+    writer = ShardWriter(root, plan, images, 0)
+    record = record_of(plan, images.keys[0], 0, np.random.default_rng(0))
+    writer.append(record)
+    record.tokens_TC[0, 0] += 1 if np.isfinite(record.tokens_TC[0, 0]) else -record.tokens_TC[0, 0]
+    record.tokens_TC[1] = 0
+    writer.commit()
+    finish_store(root)
+    with pytest.raises(DamagedError, match=r"record 0 in .* is damaged"):
+        open_store(root).read(images.keys[0], 0)
+
+
+# Beginning and ending
+
+
+def test_another_plan_never_shares_a_folder(begin_store: Any, store_plan: Any, tree_bytes: Any) -> None:
+    root, _, images = begin_store()
+    before = tree_bytes(root)
+    for changes in ({"backend": "wds"}, {"views_per_image": 3}, {"teacher_fingerprint": "others"}):
+        (name,) = changes
+        with pytest.raises(ConfigError, match=f"holds another store: {name} is .*; choose another folder"):
+            create_store(root, store_plan(images, **changes), images)
+    assert tree_bytes(root) == before
+
+
+@pytest.mark.parametrize("backend", ["zarr", "wds"])
+def test_metadata_that_changed_meanwhile_is_not_sealed(backend: str, begin_store: Any, fill_shard: Any) -> None:
+    """The manifest holds digests of what it finds: damage from before would count as right for ever."""
+    root, plan, images = begin_store(num_images=1, backend=backend)
+    fill_shard(root, plan, images, 0).commit()
+    names = ["images.bin", "plan.json", *(["dataset.json"] if backend == "wds" else ["zarr.json", "tokens/zarr.json"])]
+    for name in names:
+        whole = (root / name).read_bytes()
+        (root / name).write_bytes(whole[:-1] + b" ")
+        with pytest.raises(DamagedError, match=rf"{name} (has changed|does not match its own digest)"):
+            finish_store(root)
+        (root / name).write_bytes(whole)
+    finish_store(root)
+    assert not any(damage for _, damage in iter_damage(root))
