@@ -19,6 +19,8 @@ from storage.records import FileEntry
 from storage.writer import finish_store
 
 INT8 = Int8(channel_scale=(1.0,) * 8)
+BEFORE_THE_END = 10**9
+"""Stands for the last byte of the tar, where nothing of more than a byte can begin."""
 
 
 def forge_index(root: Path, data: bytes) -> None:
@@ -74,9 +76,9 @@ def test_a_hostile_index_is_damage(make_store: Callable[..., Any], data: bytes) 
     ("name", "value"),
     [
         *((f"{kind}_offset", value) for kind in ("tokens", "jpeg", "stats", "scale")
-          for value in (-2, 0, 2**62, -(2**63))),
+          for value in (-2, 0, BEFORE_THE_END, 2**62, -(2**63))),
         ("tokens_bytes", 0), ("tokens_bytes", 55), ("tokens_bytes", 2**32 - 1), ("jpeg_bytes", 2**32 - 1),
-        ("jpeg_bytes", 0), ("stats_offset", -1), ("jpeg_offset", -1), ("scale_offset", -1), ("tokens_offset", -1),
+        ("jpeg_bytes", 0), ("jpeg_bytes", 2817), ("stats_offset", -1), ("jpeg_offset", -1), ("scale_offset", -1), ("tokens_offset", -1),
     ],
 )  # fmt: skip
 def test_an_index_that_leads_out_of_its_tar_is_damage(make_store: Callable[..., Any], name: str, value: int) -> None:
@@ -84,7 +86,8 @@ def test_an_index_that_leads_out_of_its_tar_is_damage(make_store: Callable[..., 
     rows = np.load(root / tar_format.index_name(0))
     forge_index(root, tar_format.npy_bytes(rows))
     open_store(root).read_batch(np.array([0]), np.empty((1, 7, 8), np.float16))
-    rows[name][1] = value
+    end = (root / tar_format.tar_name(0)).stat().st_size
+    rows[name][1] = end - 1 if value == BEFORE_THE_END else value
     forge_index(root, tar_format.npy_bytes(rows))
     with pytest.raises(DamagedError, match="leads out of its tar"):
         open_store(root).read_batch(np.array([0]), np.empty((1, 7, 8), np.float16))

@@ -145,6 +145,7 @@ def test_an_index_with_a_flipped_bit_is_refused(
         lambda spans: spans.__setitem__((1, 1), spans[1, 0]),
         lambda spans: spans.__setitem__((1, 1), -(2**63)),
         lambda spans: spans.__setitem__((5, 1), spans[5, 0] + 40_000),
+        lambda spans: spans.__setitem__(5, (70_000, 70_600)),  # behind the file's end
     ],
 )
 def test_spans_that_lead_out_of_their_file_are_refused(
