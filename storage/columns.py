@@ -111,6 +111,9 @@ class Keys(Sequence[str]):
             raise AssertionError(problem)
         return found
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Keys, (self.block, self.lengths_N)
+
     def problem(self) -> str:
         """What is wrong with strings from a file; empty for nothing."""
         if self._starts_N1[-1] != len(self.block):

@@ -57,6 +57,10 @@ class MemoryStore(FeatureReader):
 
     def read_encoded(self, records_B: NDArray[np.int64], out: Mapping[str, NDArray[Any]]) -> None:
         self.locate(records_B)
+        for name, field in self.plan.fields.items():
+            found = out[name]
+            if found.dtype != field.dtype or found.shape != (len(records_B), *field.shape):
+                raise AssertionError(f"buffer {name} {found.dtype} {found.shape} for {len(records_B)} of {field}")
         for record in records_B:
             if int(record) not in self._present:
                 raise self.hole(record)
