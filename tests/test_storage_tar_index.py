@@ -78,7 +78,8 @@ def test_a_hostile_index_is_damage(make_store: Callable[..., Any], data: bytes) 
         *((f"{kind}_offset", value) for kind in ("tokens", "jpeg", "stats", "scale")
           for value in (-2, 0, BEFORE_THE_END, 2**62, -(2**63))),
         ("tokens_bytes", 0), ("tokens_bytes", 55), ("tokens_bytes", 2**32 - 1), ("jpeg_bytes", 2**32 - 1),
-        ("jpeg_bytes", 0), ("jpeg_bytes", 2817), ("stats_offset", -1), ("jpeg_offset", -1), ("scale_offset", -1), ("tokens_offset", -1),
+        ("jpeg_bytes", 0), ("jpeg_bytes", 2817), ("stats_offset", -1), ("jpeg_offset", -1), ("scale_offset", -1),
+        ("tokens_offset", -1),
     ],
 )  # fmt: skip
 def test_an_index_that_leads_out_of_its_tar_is_damage(make_store: Callable[..., Any], name: str, value: int) -> None:
