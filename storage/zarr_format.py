@@ -12,7 +12,7 @@
 
 Record r is view r % K of image r // K. A token chunk, a small chunk and a shard index end with their crc32c. A shard
 file is written here in one pass and its index is parsed here once, because the library's own path costs 0.6 ms of CPU a
-record (it reads the shard index again for each); zarr-python creates the metadata and is the reference in the tests.
+record (it reads the shard index again for each); zarr-python and tensorstore are the reference in the tests.
 
 Source of the layout: the Zarr v3 `sharding_indexed` codec specification, index at the end; see docs/format.md.
 """

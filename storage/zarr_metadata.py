@@ -1,6 +1,7 @@
 """Which Zarr arrays a store has: their shapes, types, chunks and meaning, and the `zarr.json` files that say so."""
 
 import json
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,51 +45,76 @@ MEANINGS = {
 
 
 def encode_metadata(plan: StorePlan) -> dict[str, bytes]:
-    """The metadata files of the group and its arrays. Made in memory, because zarr-python would first delete what is in
-    the folder, locks and shards included."""
-    import zarr
-    from zarr.codecs import Crc32cCodec
-    from zarr.storage import MemoryStore
-
-    files: dict[str, Any] = {}
+    """The metadata files of the group and its arrays. Written here, because zarr-python's differ between its versions,
+    and a store must not; the tests hold them against zarr-python's all the same."""
     records, shard, (tokens, channels) = plan.num_records, plan.records_per_shard, plan.shape_TC
-    attributes = {"decant": json.loads(json.dumps(plan.to_json(), sort_keys=True))}  # equal plans, equal bytes
-    group = zarr.create_group(MemoryStore(files), attributes=attributes)
-
-    def create(name: str, dtype: np.dtype[Any], **how: Any) -> None:
-        dimensions, description = MEANINGS[name]
-        group.create_array(
-            name, dtype=dtype, filters=None, fill_value=fill_value(dtype), dimension_names=dimensions,
-            attributes={"description": description}, **how,
-        )  # fmt: skip
-
     dtype = np.dtype(plan.fields["tokens"].dtype)
-    create(
-        "tokens", dtype, shape=(records, tokens, channels), chunks=(1, tokens, channels),
-        shards=(shard, tokens, channels), compressors=(*_compressors(plan), Crc32cCodec()),
-    )  # fmt: skip
+    codecs = [*_values(dtype), *_compressor(plan), CRC32C]
+    arrays = {
+        "tokens": _array(
+            "tokens", dtype, (records, tokens, channels), (shard, tokens, channels),
+            [_sharding((1, tokens, channels), codecs)],
+        )
+    }  # fmt: skip
     for name, (row, dtype) in small_arrays(plan).items():
-        create(name, dtype, shape=(records, *row), chunks=(shard, *row), compressors=Crc32cCodec())
+        arrays[name] = _array(name, dtype, (records, *row), (shard, *row), [*_values(dtype), CRC32C])
     if plan.stored_views is not None:
-        capacity = jpeg_capacity(plan)
-        create(
-            "view_jpegs", np.dtype("u1"), shape=(plan.num_shards * capacity,), chunks=(JPEG_CHUNK_BYTES,),
-            shards=(capacity,), compressors=None,
-        )  # fmt: skip
-    return {name: buffer.to_bytes() for name, buffer in files.items()}
+        capacity, dtype = jpeg_capacity(plan), np.dtype("u1")
+        codecs = [_sharding((JPEG_CHUNK_BYTES,), _values(dtype))]
+        arrays["view_jpegs"] = _array("view_jpegs", dtype, (plan.num_shards * capacity,), (capacity,), codecs)
+    group = {"attributes": {"decant": plan.to_json()}, "zarr_format": 3, "node_type": "group"}
+    files = {"zarr.json": group} | {f"{name}/zarr.json": array for name, array in arrays.items()}
+    texts = {name: json.dumps(value, indent=1, sort_keys=True, allow_nan=False) for name, value in files.items()}
+    return {name: text.encode() for name, text in texts.items()}
 
 
-def _compressors(plan: StorePlan) -> tuple[Any, ...]:
-    """Codecs of the Zarr core, so that every library has them; the bytes are those of `encoding.compressor()`."""
-    from zarr.codecs import BloscCodec, ZstdCodec
+CRC32C = {"name": "crc32c"}
 
+
+def _array(
+    name: str, dtype: np.dtype[Any], shape: tuple[int, ...], chunk: tuple[int, ...], codecs: list[Any]
+) -> dict[str, Any]:
+    """The metadata of one array. Source: the Zarr v3 core specification, "Array metadata"."""
+    dimensions, description = MEANINGS[name]
+    fill = fill_value(dtype)
+    return {
+        "shape": shape,
+        "data_type": dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": "NaN" if math.isnan(fill) else fill,
+        "codecs": codecs,
+        "attributes": {"description": description},
+        "dimension_names": dimensions,
+        "zarr_format": 3,
+        "node_type": "array",
+        "storage_transformers": [],
+    }
+
+
+def _values(dtype: np.dtype[Any]) -> list[dict[str, Any]]:
+    """Numbers to bytes."""
+    return [{"name": "bytes"} | ({"configuration": {"endian": "little"}} if dtype.itemsize > 1 else {})]
+
+
+def _sharding(inner_chunk: tuple[int, ...], codecs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Many inner chunks in one file, whose index is at its end."""
+    index_codecs = [*_values(np.dtype("<u8")), CRC32C]
+    configuration = {
+        "chunk_shape": inner_chunk, "codecs": codecs, "index_codecs": index_codecs, "index_location": "end",
+    }  # fmt: skip
+    return {"name": "sharding_indexed", "configuration": configuration}
+
+
+def _compressor(plan: StorePlan) -> list[dict[str, Any]]:
+    """A codec of the Zarr core, so that every library has it; the bytes are those of `encoding.compressor()`."""
     encoding = plan.encoding
     if isinstance(encoding, Zstd):
-        return (ZstdCodec(level=encoding.level),)
+        return [{"name": "zstd", "configuration": {"level": encoding.level, "checksum": False}}]
     if isinstance(encoding, BitRound):
-        name = encoding.compressor_name
-        return (BloscCodec(typesize=2, cname=name, clevel=encoding.level, shuffle="bitshuffle"),)
-    return ()
+        blosc = {"typesize": 2, "cname": encoding.compressor_name, "clevel": encoding.level, "shuffle": "bitshuffle"}
+        return [{"name": "blosc", "configuration": blosc | {"blocksize": 0}}]
+    return []
 
 
 def small_arrays(plan: StorePlan) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
