@@ -51,6 +51,13 @@ def test_best_rounds_are_held_against_the_limit_above(report: Report) -> None:
     assert rows["other store"].limit == "other raw"
 
 
+def test_ratios_within_rounds() -> None:
+    contenders = [Contender("disk", "limit", nothing), Contender("store", "ours", nothing, every=2)]
+    seconds = {"disk": [9.0, 2.0, 9.0, 6.0, 9.0, 3.0], "store": [4.0, 2.0, 3.0]}
+    _, row = speed_rows(contenders, seconds, gigabytes=1, unit="GB/s", by_round=True)
+    assert (row.ratio, row.value) == (1.0, 0.5)
+
+
 def test_peers_that_are_ahead_are_named(report: Report) -> None:
     assert [row.what for section in report.sections for row in section.winning_peers()] == ["fast peer", "theirs"]
     text = as_text(report)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from statistics import median
 
 from tests.bench.results import Role, Row
 
@@ -52,19 +53,29 @@ def race(contenders: Sequence[Contender], *, rounds: int, clock: Clock) -> dict[
 
 
 def speed_rows(
-    contenders: Sequence[Contender], seconds: dict[str, list[float]], *, gigabytes: float, unit: str
-) -> tuple[Row, ...]:
-    """Speeds, and ratios to the limit that stands above each contender in the list."""
+    contenders: Sequence[Contender], seconds: dict[str, list[float]], *, gigabytes: float, unit: str,
+    by_round: bool = False,
+) -> tuple[Row, ...]:  # fmt: skip
+    """Speeds of the best rounds, and ratios to the limit that stands above each contender in the list.
+
+    Args:
+        by_round: the ratio is the median of those within each round, for what a disk decides, whose rate drifts;
+            otherwise that of the best rounds.
+    """
     rows, limit = [], contenders[0]
     for contender in contenders:
-        taken = seconds[contender.name]
         if contender.role == "limit":
             limit = contender
+        taken, ratio = seconds[contender.name], None
+        if taken and by_round:
+            same_rounds = seconds[limit.name][contender.every - 1 :: contender.every]
+            ratio = median(least / own for least, own in zip(same_rounds, taken, strict=True))
+        elif taken:
+            ratio = min(seconds[limit.name]) / min(taken)
         rows.append(
             Row(
                 what=contender.name, role=contender.role, unit=unit,
-                value=gigabytes / min(taken) if taken else None,
-                ratio=min(seconds[limit.name]) / min(taken) if taken else None,
+                value=gigabytes / min(taken) if taken else None, ratio=ratio,
                 target=contender.target, limit=limit.name, rounds=tuple(taken),
                 note=contender.note if taken else "not installed",
             )
