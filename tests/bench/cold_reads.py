@@ -74,9 +74,10 @@ def sequential_hinted(store: Path) -> None:
     names = [store / token_shard_name(shard) for shard in range(COLD_RECORDS // SHARD_RECORDS)]
     files = [os.open(name, os.O_RDONLY) for name in names]
     pieces = [
-        (file, start) for file, name in zip(files, names, strict=True)
+        (file, start)
+        for file, name in zip(files, names, strict=True)
         for start in range(0, name.stat().st_size, PIECE_BYTES)
-    ]  # fmt: skip
+    ]
     for number, (file, start) in enumerate(pieces):
         for coming, first in pieces[number and number + 4 : number + 5]:
             os.posix_fadvise(coming, first, PIECE_BYTES, os.POSIX_FADV_WILLNEED)
@@ -174,14 +175,19 @@ def measure(store: Path) -> Section:
         ),
         Contender("this store, blocks of 16, hints, 2 threads", "ours", with_hints(store, blocks, 2), **drop),
         Contender(
-            f"this store, trainer's order, pools of {POOL:,}", "ours", trainers.run, prepare=trainers.prepare,
-            share=1 - POOL / COLD_RECORDS, target=TARGET, note="a full shuffle of each pool, hints a pool ahead",
-        ),  # fmt: skip
+            f"this store, trainer's order, pools of {POOL:,}",
+            "ours",
+            trainers.run,
+            prepare=trainers.prepare,
+            share=1 - POOL / COLD_RECORDS,
+            target=TARGET,
+            note="a full shuffle of each pool, hints a pool ahead",
+        ),
         Contender("preadv, blocks of 16, no hints", "peer", without_hints(store, blocks), **drop),
         Contender("preadv, single records, no hints", "peer", without_hints(store, singles[:part]), **slow),
         Contender("np.memmap, blocks of 16", "peer", memory_map(store, blocks[:part]), **slow),
         Contender("np.memmap, single records", "peer", memory_map(store, singles[:part]), **slow),
-    ]  # fmt: skip
+    ]
     seconds = race(contenders, rounds=ROUNDS, clock=wall_seconds)
     gigabytes = COLD_RECORDS * RECORD_BYTES / 1e9
     method = (
