@@ -106,12 +106,14 @@ class LocalFiles:
         Raises:
             DamagedError: a file is missing or ends too early.
         """
-        current, descriptor = "", None
+        descriptors: dict[str, _Descriptor] = {}  # kept to the end, so that none is closed meanwhile
+        preadv = os.preadv
         for name, offset, targets, num_bytes in pieces:
-            if name != current or descriptor is None:
+            descriptor = descriptors.get(name)
+            if descriptor is None:
                 with _missing_is_damage(self.location, name):
-                    current, descriptor = name, self._descriptor(name)
-            if os.preadv(descriptor.number, targets, offset) != num_bytes:
+                    descriptor = descriptors[name] = self._descriptor(name)
+            if preadv(descriptor.number, targets, offset) != num_bytes:
                 raise ends_early(f"{self.location}/{name}", offset + num_bytes)
 
     def hint(self, spans: Sequence[tuple[str, int, int]]) -> None:

@@ -148,10 +148,13 @@ class FeatureReader(ABC):
 
     def locate(self, records_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Shard and slot of records."""
-        if np.any((records_B < 0) | (records_B >= self.plan.num_records)):
-            raise IndexError(f"records {records_B} of {self.location}, which has {self.plan.num_records}")
+        if len(records_B) and not 0 <= records_B.min() <= records_B.max() < self.plan.num_records:
+            raise self.outside(records_B)
         shards_B, slots_B = np.divmod(records_B, self.plan.records_per_shard)
         return shards_B, slots_B
 
-    def hole(self, record: np.int64) -> DamagedError:
+    def outside(self, records_B: NDArray[np.int64]) -> IndexError:
+        return IndexError(f"records {records_B} of {self.location}, which has {self.plan.num_records}")
+
+    def hole(self, record: int | np.int64) -> DamagedError:
         return DamagedError(f"record {record} of {self.location} is a hole: its image was unusable")

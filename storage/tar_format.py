@@ -246,7 +246,7 @@ class TarShard:
         wanted = np.flatnonzero(offsets >= 0)
         targets = [memoryview(out[row]).cast("B") for row in wanted]
         self._files.files.read_pieces(
-            [Piece(tar, int(offsets[row]), [to], to.nbytes) for row, to in zip(wanted, targets, strict=True)]
+            [Piece(tar, int(offsets[row]), (to,), to.nbytes) for row, to in zip(wanted, targets, strict=True)]
         )
         for row, data in zip(wanted, targets, strict=True):
             check_crc32c(data, int(checksums[row]), f"a {kind} member of {self._files.files.location}/{tar}")

@@ -11,6 +11,7 @@ manifest.json      last
 import shutil
 import uuid
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +130,11 @@ class ShardWriter:
         Raises:
             AssertionError: the record is not one of this shard, or its arrays are not those of the plan.
         """
-        tokens_TC, plan = record.tokens_TC, self.plan
-        if tokens_TC.shape != plan.shape_TC or tokens_TC.dtype != np.float16:
-            raise AssertionError(f"tokens {tokens_TC.dtype} {tokens_TC.shape}, the plan has float16 {plan.shape_TC}")
-        if record.token_mean_T.shape != plan.shape_TC[:1] or record.token_std_T.shape != plan.shape_TC[:1]:
-            raise AssertionError(f"statistics of {record.token_mean_T.shape} tokens, the plan has {plan.shape_TC[0]}")
+        tokens_TC, plan, shape_TC = record.tokens_TC, self.plan, self.plan.shape_TC
+        if tokens_TC.shape != shape_TC or tokens_TC.dtype != np.float16:
+            raise AssertionError(f"tokens {tokens_TC.dtype} {tokens_TC.shape}, the plan has float16 {shape_TC}")
+        if record.token_mean_T.shape != shape_TC[:1] or record.token_std_T.shape != shape_TC[:1]:
+            raise AssertionError(f"statistics of {record.token_mean_T.shape} tokens, the plan has {shape_TC[0]}")
         if not 0 <= record.view_index < plan.views_per_image:
             raise AssertionError(f"view {record.view_index} of {plan.views_per_image}")
         self.append_encoded(record, plan.encoding.encode(tokens_TC))
@@ -178,17 +179,20 @@ class ShardWriter:
         contents = LAYOUTS[self.plan.backend].pack(
             self.plan, ShardContent(self.index, self._records, tuple(self.images.classes))
         )
-        entry = describe_shard(self.index, len(self.keys), self.plan, self._records, contents, self._bad)
-        self._publish(entry, contents)
-        return entry
+        return self._publish(contents)
 
-    def _publish(self, entry: ShardEntry, contents: dict[str, Pieces]) -> None:
+    def _publish(self, contents: dict[str, Pieces]) -> ShardEntry:
         attempt = self.root / "attempts" / f"{self.index:05d}.{uuid.uuid4().hex[:12]}"
         with disk_errors(attempt):
             attempt.mkdir(parents=True)
         try:
-            for name, pieces in contents.items():
-                write_private(attempt / name.replace("/", "_"), *pieces)
+            with ThreadPoolExecutor(1) as pool:  # digests are taken while the disk works
+                described = pool.submit(
+                    describe_shard, self.index, len(self.keys), self.plan, self._records, contents, self._bad
+                )
+                for name, pieces in contents.items():
+                    write_private(attempt / name.replace("/", "_"), *pieces)
+                entry = described.result()
             earlier = read_receipt(self.root, self.index)
             receipt = receipt_path(self.root, self.index)
             if earlier is None:
@@ -202,6 +206,7 @@ class ShardWriter:
             if not create_file(receipt, entry.to_file()) and receipt.read_bytes() != entry.to_file():
                 receipt.unlink()  # of another writer, whose files these no longer are
                 raise self._not_the_same()
+            return entry
         finally:
             remove_tree(attempt)
 
