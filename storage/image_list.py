@@ -131,10 +131,7 @@ class ImageList:
             )
         return decode_image(data)
 
-    def model_copy(self, *, update: dict[str, str]) -> "ImageList":
-        return self.at(**update)
-
-    def to_file(self, *, indent: int | None = None) -> bytes:
+    def to_file(self) -> bytes:
         """The bytes of its file."""
         return encode_images(self, None)
 

@@ -64,7 +64,7 @@ def create_store(root: Path, plan: StorePlan, images: ImageList) -> None:
 def encode_metadata(plan: StorePlan, images: ImageList) -> dict[str, bytes]:
     """The files of a store that belong to no shard, without the manifest."""
     return LAYOUTS[plan.backend].metadata(plan) | {
-        IMAGES_FILE: images.model_copy(update={"location": ""}).to_file(indent=None),
+        IMAGES_FILE: images.at("").to_file(),
         "plan.json": plan.to_file(),
     }
 

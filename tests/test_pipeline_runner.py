@@ -232,6 +232,7 @@ def test_a_second_command_at_work_is_left_alone(decant: Decant, copy_run: Run) -
 def test_status_lists_results_and_what_was_begun(decant: Decant, copy_run: Run, tmp_path: Path) -> None:
     _, work = copy_run
     folder = folder_of(work, "evaluate")
+    shutil.copytree(folder_of(work, "distill"), again_folder(folder_of(work, "distill")))  # not yet exchanged
     (folder / "result.json").unlink()
     (folder / "state.json").write_text('{"state": "failed", "message": "no luck", "pid": 1}')
     outcome = decant("status", "--work", work)
