@@ -30,7 +30,8 @@ FORCE ?=
 SET ?=
 DOCS ?=
 
-option = $(if $($(2)),--$(1) '$(subst ','\'',$($(2)))')
+quoted = $(if $($(1)),'$(subst ','\'',$($(1)))')
+option = $(if $($(2)),--$(1) $(call quoted,$(2)))
 OPTIONS = $(strip $(call option,preset,PRESET) $(call option,teacher,TEACHER) $(call option,weights,WEIGHTS) \
 	$(call option,data,DATA) $(call option,views,VIEWS) $(call option,layout,LAYOUT) $(call option,encoding,ENCODING) \
 	$(call option,store,STORE) $(call option,student,STUDENT) $(call option,seeds,SEEDS) \
@@ -38,11 +39,12 @@ OPTIONS = $(strip $(call option,preset,PRESET) $(call option,teacher,TEACHER) $(
 PIPELINE = @$(BIN)/python -m pipeline
 
 STAGE_COMMANDS := demo run plan extract distill finetune evaluate report
-.PHONY: help setup test check fix bench clean $(STAGE_COMMANDS) status verify repair convert teachers
+.PHONY: help setup test check fix bench clean $(STAGE_COMMANDS) status verify repair convert upload teachers
 
 help: ## this list
 	@echo "usage: make <command> [TEACHER=clip-l] [DATA=<folder>] [VIEWS=4] [STUDENT=vit-b] [SEEDS=3] [PRESET=...]"
-	@echo "                      [WEIGHTS=<file>] [EXECUTOR=ray|inline] [WORK=runs] [FORCE=1] [SET=\"name=value ...\"]"
+	@echo "                      [WEIGHTS=<file>] [LAYOUT=zarr|wds] [ENCODING=fp16|int8|...] [STORE=<path or URL>]"
+	@echo "                      [EXECUTOR=ray|inline] [WORK=runs] [FORCE=1] [SET=\"name=value ...\"]"
 	@echo
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -70,6 +72,7 @@ status: setup ## every store, student and result
 verify: setup ## compare the stores with what was committed: READ_DATA=100%, 5%, or 0% for the structure alone
 repair: setup ## make again what is damaged of the stores, and nothing else
 convert: setup ## a store to another layout or encoding: FROM=<store> TO=<folder> LAYOUT=wds ENCODING=int8
+upload: setup ## a finished store to an object store: FROM=<store> TO=s3://bucket/store
 teachers: setup ## the teachers that have a name
 
 $(STAGE_COMMANDS):
@@ -79,10 +82,13 @@ status:
 	$(PIPELINE) $@ $(call option,work,WORK)
 
 verify repair:
-	$(PIPELINE) $@ $(STORE) $(call option,work,WORK) $(call option,read-data,READ_DATA)
+	$(PIPELINE) $@ $(call quoted,STORE) $(call option,work,WORK) $(call option,read-data,READ_DATA)
 
 convert:
-	$(PIPELINE) $@ '$(FROM)' '$(TO)' $(call option,layout,LAYOUT) $(call option,encoding,ENCODING) $(call option,data,DATA)
+	$(PIPELINE) $@ $(call quoted,FROM) $(call quoted,TO) $(call option,layout,LAYOUT) $(call option,encoding,ENCODING) $(call option,data,DATA)
+
+upload:
+	$(PIPELINE) $@ $(call quoted,FROM) $(call quoted,TO)
 
 teachers:
 	$(PIPELINE) $@

@@ -25,13 +25,14 @@ class Pixels(Protocol):
         """Put the views of records into the caller's memory."""
 
 
-def open_pixels(reader: FeatureReader, location: str, side_px: int, cache_bytes: int) -> Pixels:
+def open_pixels(reader: FeatureReader, location: str, side_px: int, cache_bytes: int, *, cache_dir: str = "") -> Pixels:
     """The best source of views of `side_px`: those that the store keeps, if they have that size; else the images, if
     they are at hand; else the stored views resized.
 
     Args:
         location: where the images of the store lie on this machine; empty if they do not.
         cache_bytes: memory for decoded images.
+        cache_dir: what is known of tars at `location`; without it they are scanned.
 
     Raises:
         InputError: there are neither images nor stored views.
@@ -41,7 +42,7 @@ def open_pixels(reader: FeatureReader, location: str, side_px: int, cache_bytes:
         return StoredPixels(reader, side_px)
     if not location:
         raise InputError(f"{reader.location} keeps no rendered views; say where its images are (DATA=...)")
-    images = reader.images.at(location)
+    images = reader.images.at(location, cache_dir)
     images.source.list_images()  # tars: the scan, once, before threads start
     return RenderedPixels(reader, images, cache_bytes)
 

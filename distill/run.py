@@ -45,7 +45,8 @@ def run(
     progress = progress or SilentProgress()
     torch.set_num_threads(cfg.run.threads or os.cpu_count() or 1)
     reader = open_store(cfg.store or inputs["extract"])
-    stream = DistillStream(reader, load_index(inputs["data"]).location, cfg)
+    index = load_index(inputs["data"])
+    stream = DistillStream(reader, index.location, cfg, cache_dir=index.images.cache_dir)
     if stream.pixels.warning:
         progress.say(
             f"warning: {stream.pixels.warning}: the student may see slightly other pixels than the teacher did"

@@ -49,12 +49,14 @@ class _Buffer(NamedTuple):
 class DistillStream:
     """Batches of a store, by step."""
 
-    def __init__(self, reader: FeatureReader, location: str, cfg: DistillConfig) -> None:
-        """`location`: where the images of the store lie on this machine."""
+    def __init__(self, reader: FeatureReader, location: str, cfg: DistillConfig, *, cache_dir: str = "") -> None:
+        """`location` and `cache_dir`: as for `open_pixels`."""
         self.reader, self.cfg = reader, cfg
         plan = reader.plan
         self.keys = reader.images.keys
-        self.pixels = open_pixels(reader, location, cfg.student.input_px, cfg.run.image_cache_mb << 20)
+        self.pixels = open_pixels(
+            reader, location, cfg.student.input_px, cfg.run.image_cache_mb << 20, cache_dir=cache_dir
+        )
         self.order = EpochOrder(reader.usable_images(), plan.images_per_shard, cfg.seed)
         self.view_order = ViewOrder(plan.num_images, plan.views_per_image, cfg.seed)
         self.num_steps = num_steps(len(self.order), cfg.epochs, cfg.batch_size)

@@ -46,7 +46,9 @@ def iter_views(
         InputError: an image that the teacher saw is gone or has changed.
     """
     plan = reader.plan
-    source = None if image_px is None else open_pixels(reader, images.location, image_px, 256 << 20)
+    source = None
+    if image_px is not None:
+        source = open_pixels(reader, images.location, image_px, 256 << 20, cache_dir=images.cache_dir)
     usable = reader.usable_images()
     records_R = (usable[:, None] * plan.views_per_image + np.arange(plan.views_per_image)).ravel()
     for first in range(0, len(records_R), BATCH):

@@ -13,6 +13,6 @@ pictures.py    curves and token pictures for the report
 report.py      the report stage: one self-contained HTML page
 screen.py      what a command shows: the plan, the table
 repair.py      which shards of a store are damaged, and how they are made again
-store_commands.py  verify, repair, convert
+store_commands.py  verify, repair, convert, upload
 cli.py         the commands
 """

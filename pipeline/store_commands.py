@@ -1,4 +1,4 @@
-"""The commands about stores: verify, repair, convert."""
+"""The commands about stores: verify, repair, convert, upload."""
 
 import re
 import time
@@ -124,4 +124,15 @@ def convert(
     )
 
 
-COMMANDS = (verify, repair, convert)
+@click.command(help="Copy the finished store SOURCE to an object store, such as s3://bucket/store.")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("url")
+def upload(source: Path, url: str) -> None:
+    from storage.upload import upload_store
+
+    with show_progress("upload", console=console) as progress:
+        upload_store(source, url, progress)
+    console.print(f"{url} holds the store; train from it with STORE={url}")
+
+
+COMMANDS = (verify, repair, convert, upload)

@@ -74,7 +74,7 @@ class OpenShard(Protocol):
 class SmallFiles:
     """The small files of a store, checked against their shards' receipts and kept while a memory budget lasts."""
 
-    def __init__(self, files: Files, budget_bytes: int = 64 * 2**20) -> None:
+    def __init__(self, files: Files, budget_bytes: int = 192 * 2**20) -> None:
         self.files = files
         self._left = budget_bytes
         self._kept: OrderedDict[str, bytes] = OrderedDict()

@@ -120,5 +120,15 @@ def test_top_level_holds_what_it_should() -> None:
     if listing.returncode != 0:
         return  # an unpacked source archive has no list of files
     top = {line.split("/")[0] for line in listing.stdout.splitlines()}
-    usual = {"Makefile", "README.md", "pyproject.toml", "constraints.txt", "LICENSE", ".ci", "docs", ".gitignore"}
+    usual = {
+        "Makefile",
+        "README.md",
+        "pyproject.toml",
+        "constraints.txt",
+        "LICENSE",
+        ".ci",
+        "docs",
+        ".gitignore",
+        ".gitattributes",
+    }
     assert top <= {*PACKAGES, "tests"} | usual

@@ -48,8 +48,8 @@ def test_variables_become_options(make: Make) -> None:
 
 
 def test_every_variable_has_its_option(make: Make) -> None:
-    given = {"PRESET": "smoke", "TEACHER": "toy", "WEIGHTS": "w.pt", "DATA": "d", "VIEWS": "3", "STUDENT": "toy",
-             "SEEDS": "2", "EXECUTOR": "inline", "WORK": "w"}  # fmt: skip
+    given = {"PRESET": "smoke", "TEACHER": "toy", "WEIGHTS": "w.pt", "DATA": "d", "VIEWS": "3", "LAYOUT": "wds",
+             "ENCODING": "int8", "STORE": "s3://b/store", "STUDENT": "toy", "SEEDS": "2", "EXECUTOR": "inline", "WORK": "w"}  # fmt: skip
     printed = words(make("-n", "run", "FORCE=1", *(f"{name}={value}" for name, value in given.items())))
     expected = [word for name, value in given.items() for word in (f"--{name.lower()}", value)]
     assert printed == ["run", *expected, "--force"]
@@ -82,6 +82,15 @@ def test_every_command_of_the_program_has_its_target(make: Make) -> None:
         options = {option for parameter in cli.commands[command].params for option in parameter.opts}
         assert ("--work" in taken) == ("--work" in options)
         assert ("--seeds" in taken) == ("--seeds" in options)
+
+
+def test_store_commands_take_their_words(make: Make) -> None:
+    assert words(make("-n", "verify", "STORE=a b", "READ_DATA=5%")) == ["verify", "a b", "--read-data", "5%"]
+    assert words(make("-n", "repair", "WORK=w", "READ_DATA=0%")) == ["repair", "--work", "w", "--read-data", "0%"]
+    given = ["FROM=it's", "TO=s3://b/x", "LAYOUT=wds", "ENCODING=int8", "DATA=d"]
+    options = ["--layout", "wds", "--encoding", "int8", "--data", "d"]
+    assert words(make("-n", "convert", *given)) == ["convert", "it's", "s3://b/x", *options]
+    assert words(make("-n", "upload", *given)) == ["upload", "it's", "s3://b/x"]
 
 
 def test_help_lists_every_target(make: Make) -> None:
