@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from storage.encodings import ENCODINGS
+from storage.encodings import ENCODINGS, fit_encoding
 from storage.jpeg import max_view_bytes
+from storage.layouts import LAYOUTS
 from storage.reader import open_store
-from storage.records import FileEntry, ShardEntry, StoreManifest, StorePlan
+from storage.records import FeatureSpec, FileEntry, ShardEntry, StoreManifest, StorePlan
+from storage.shards import PackedRecord, ShardContent
 from storage.tar_format import INDEX_DTYPE
 from storage.zarr_metadata import MEANINGS
 
@@ -91,6 +94,28 @@ def test_the_index_is_as_told() -> None:
     flat = [(name.strip(" `"), kind.replace("each", "").strip()) for names, kind in told for name in names.split(",")]
     assert flat == [(name, words[INDEX_DTYPE[name].str]) for name in INDEX_DTYPE.names or ()]
     assert f"rows of {INDEX_DTYPE.itemsize} bytes" in TEXT
+
+
+@pytest.mark.parametrize(
+    ("backend", "kind", "expected"),
+    [("zarr", "fp16", 304_208), ("wds", "fp16", 307_295), ("zarr", "int8", 153_306), ("wds", "int8", 157_279)],
+)
+def test_the_sizes_are_as_told(
+    image_list: Callable[..., Any], store_plan: Callable[..., StorePlan], backend: str, kind: str, expected: int
+) -> None:
+    features = FeatureSpec(teacher="made-up", num_prefix_tokens=1, grid_hw=(14, 14), channels=768)
+    encoding = fit_encoding(ENCODINGS[kind], np.ones((1, *features.shape_TC), np.float16))
+    plan = store_plan(image_list(8), features=features, views_per_image=1, images_per_shard=8, backend=backend,
+                      encoding=encoding)  # fmt: skip
+    fields = encoding.encode(np.ones(features.shape_TC, np.float16))
+    tokens, stats_T = fields.pop("tokens").tobytes(), np.ones(197, np.float32)
+    small = {"token_mean": stats_T, "token_std": stats_T, **fields}
+    records = [PackedRecord("n01440764/n01440764_10026.JPEG", 5, 0, np.ones(5, np.int32), tokens, 0, small, None)] * 8
+    files = LAYOUTS[backend].pack(plan, ShardContent(0, list(records), ()))
+    found = sum(len(piece) for pieces in files.values() for piece in pieces) / 8
+    a_shard = 2 * 512 + 1024  # the tar's end and the index's header
+    assert abs(found - expected) < a_shard / 8
+    assert f"{expected:,}" in TEXT
 
 
 @pytest.mark.parametrize("px", [1, 16, 224, 225])
