@@ -79,6 +79,16 @@ class Zstd(_Float16):
 
         return numcodecs.Zstd(level=self.level)
 
+    def content_bytes(self, data: bytes | bytearray) -> int:
+        """How long a compressed record says that it will be; -1 where it does not say. Source: RFC 8878, 3.1.1.1."""
+        if len(data) < 9 or data[:4] != b"\x28\xb5\x2f\xfd":
+            return -1
+        is_single_segment, flag = data[4] >> 5 & 1, data[4] >> 6
+        start = 6 - is_single_segment + (0, 1, 2, 4)[data[4] & 3]
+        size = (is_single_segment, 2, 4, 8)[flag]
+        found = int.from_bytes(data[start : start + size], "little")
+        return found + 256 * (size == 2) if size else -1
+
 
 class BitRound(_Float16):
     """Float16 rounded to fewer mantissa bits, bit-shuffled and compressed by Blosc."""
@@ -116,6 +126,10 @@ class BitRound(_Float16):
         import numcodecs
 
         return numcodecs.Blosc(cname=self.compressor_name, clevel=self.level, shuffle=numcodecs.Blosc.BITSHUFFLE)
+
+    def content_bytes(self, data: bytes | bytearray) -> int:
+        """How long a compressed record says that it will be; -1 where it does not say."""
+        return int.from_bytes(data[4:8], "little") if len(data) >= 16 else -1
 
 
 class Int8(Schema):

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.encodings import BitRound, Encoding, Zstd
 from storage.errors import DamagedError, InputError
 from storage.files import REMEDY, Files, Piece, open_files
 from storage.fingerprint import crc32c, digest_bytes
@@ -148,7 +149,7 @@ class FileReader(FeatureReader):
         if compressor is not None:
             for row, (name, _, (data,), _) in enumerate(pieces):
                 place = memory[row * size : row * size + size]
-                _decompress(compressor, data, place, f"record {records[row]} in {self.location}/{name}")
+                _decompress(self.plan.encoding, data, place, f"record {records[row]} in {self.location}/{name}")
         if len(self._fields) > 1:
             for name in self._fields.keys() - {"tokens"}:
                 out[name][:] = self.rows(name, records_B)
@@ -217,22 +218,25 @@ class FileReader(FeatureReader):
             raise InputError(f"shard {index} of {self.location} is not extracted yet; run `make extract`")
         data = self.files.read(receipt_name(index))
         if digest_bytes(data) != expected:
-            raise DamagedError(f"{self.location}/{receipt_name(index)} is not the committed receipt; {REMEDY}")
+            found = f"{self.location}/{receipt_name(index)} is not the committed receipt that manifest.json names"
+            raise DamagedError(f"{found}; {REMEDY}")
         entry = parse_receipt(self.files, index, data)
         if len(entry.crc32c_R) != self.plan.records_per_shard:
             raise DamagedError(f"{self.location}/{receipt_name(index)} has too few checksums; {REMEDY}")
         return LAYOUTS[self.plan.backend].open_shard(self.plan, entry, self._small_files)
 
 
-def _decompress(compressor: Any, data: bytearray, place: memoryview, where: str) -> None:
-    """Decompress one record into its place."""
+def _decompress(encoding: Encoding, data: bytearray, place: memoryview, where: str) -> None:
+    """Decompress one record into its place; no memory is taken for what it claims."""
+    assert isinstance(encoding, Zstd | BitRound)
+    found = encoding.content_bytes(data)
+    if found != len(place):
+        raise DamagedError(f"{where} has {found:,} bytes, expected {len(place):,}; {REMEDY}")
+    codec: Any = encoding.compressor()
     try:
-        decoded = compressor.decode(bytes(data))
+        codec.decode(data, out=place)
     except (RuntimeError, ValueError) as error:
         raise DamagedError(f"{where} cannot be decompressed ({error}); {REMEDY}") from error
-    if len(decoded) != len(place):
-        raise DamagedError(f"{where} has {len(decoded)} bytes, expected {len(place)}; {REMEDY}")
-    place[:] = decoded
 
 
 def _joined(name: str, offsets: list[int], lengths: list[int]) -> list[tuple[str, int, int]]:

@@ -71,9 +71,11 @@ def encode_metadata(plan: StorePlan, images: ImageList) -> dict[str, bytes]:
 
 def needed_bytes(plan: StorePlan) -> int:
     """Upper bound of what a store takes on disk, but for its rendered views, of which it is a good guess."""
-    per_record = plan.record_bytes + 8 * plan.num_kept_tokens + (2048 if plan.backend == "wds" else 64)
+    per_token = 8 + (6 if plan.token_subset else 0)
+    members = 3 + ("token_scale" in plan.fields) + (plan.stored_views is not None)
+    framing = 1024 * members + 512 if plan.backend == "wds" else 96  # a tar's headers and the fill of its blocks
     view = 0.5 * plan.stored_views.px**2 if plan.stored_views else 0
-    return int(plan.num_records * (per_record + view))
+    return int(plan.num_records * (plan.record_bytes + per_token * plan.num_kept_tokens + framing + view))
 
 
 def _check_room(root: Path, plan: StorePlan) -> None:

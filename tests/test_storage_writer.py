@@ -19,7 +19,7 @@ from storage.receipts import committed_shards, read_receipt
 from storage.records import FeatureRecord, ImageKey, StorePlan
 from storage.verify import iter_damage
 from storage.views import View
-from storage.writer import ShardWriter, create_store, finish_store
+from storage.writer import ShardWriter, create_store, finish_store, needed_bytes
 
 
 @pytest.fixture
@@ -249,3 +249,17 @@ def test_metadata_that_changed_meanwhile_is_not_sealed(backend: str, begin_store
         (root / name).write_bytes(whole)
     finish_store(root)
     assert not any(damage for _, damage in iter_damage(root))
+
+
+@pytest.mark.parametrize("backend", ["zarr", "wds"])
+@pytest.mark.parametrize("encoding", [{"kind": "fp16"}, {"kind": "int8", "channel_scale": [0.25] * 64}])
+@pytest.mark.parametrize("subset", [None, {"fraction": 0.25, "seed": 1}])
+def test_the_room_that_is_asked_for_is_enough(
+    backend: str, encoding: dict[str, Any], subset: dict[str, Any] | None, make_store: Any
+) -> None:
+    features = {"teacher": "made-up", "num_prefix_tokens": 1, "grid_hw": (14, 14), "channels": 64}
+    root, plan, _ = make_store(
+        num_images=12, backend=backend, encoding=encoding, token_subset=subset, features=features, images_per_shard=6
+    )
+    taken = open_store(root).manifest.num_bytes
+    assert taken <= needed_bytes(plan) <= 1.25 * taken
