@@ -21,7 +21,7 @@ from tests.bench.made_up import (
     VIT_B,
     WARM_RECORDS,
     check_batch,
-    new_batch,
+    shared_batch,
     shuffled_batches,
 )
 from tests.bench.results import Section
@@ -36,13 +36,13 @@ from tests.bench.timing import (
 )
 from tests.bench.warm_reads import plain_zarr
 
-ROUNDS, SLOW, EPOCHS, DEPTH = 15, 3, 4, 4
+ROUNDS, WALL_ROUNDS, SLOW, EPOCHS, DEPTH = 15, 30, 3, 4, 4
 """A ring of four buffers: 78 MB, more than the processor's caches hold, as in a training."""
 
 
 def plain(store: Path, batches: list[NDArray[np.int64]], *, threads: int, depth: int = DEPTH) -> Callable[[], None]:
     """The limit: every batch by `preadv` alone, into some buffers by turns."""
-    read, buffers = plain_zarr(store), [new_batch() for _ in range(depth)]
+    read, buffers = plain_zarr(store), [shared_batch(number) for number in range(depth)]
 
     def work(number: int) -> None:
         own = itertools.cycle(buffers[number::threads])
@@ -62,7 +62,7 @@ def plain(store: Path, batches: list[NDArray[np.int64]], *, threads: int, depth:
 
 def ring(store: Path, batches: list[NDArray[np.int64]], threads: int) -> Callable[[], None]:
     """All epochs through a ring, as a trainer takes them; the buffers stay from run to run."""
-    reader, buffers = open_store(store, check="never"), [{"tokens": new_batch()} for _ in range(DEPTH)]
+    reader, buffers = open_store(store, check="never"), [{"tokens": shared_batch(number)} for number in range(DEPTH)]
 
     def fill(step: int, buffer: dict[str, NDArray[Any]]) -> NDArray[np.float16]:
         reader.read_encoded(batches[step % len(batches)], buffer)
@@ -167,8 +167,8 @@ def _measure_threads(store: Path, batches: list[NDArray[np.int64]]) -> Section:
             "raw preadv, 2 threads", "reference", plain(store, batches, threads=2), note="what this machine gives"
         ),
     ]
-    seconds = race(contenders, rounds=ROUNDS, clock=wall_seconds)
+    seconds = race(contenders, rounds=WALL_ROUNDS, clock=wall_seconds)
     cores = len(os.sched_getaffinity(0))
-    method = f"the same batches by wall time on {cores} cores, best of {ROUNDS} rounds that take turns"
+    method = f"the same batches by wall time on {cores} cores, best of {WALL_ROUNDS} rounds that take turns"
     rows = speed_rows(contenders, seconds, gigabytes=_gigabytes(batches), unit="GB/s")
     return Section("Speed-up with a second thread", method, rows)

@@ -16,7 +16,7 @@ from tests.bench.made_up import (
     VIT_B,
     WARM_RECORDS,
     check_batch,
-    new_batch,
+    shared_batch,
     shuffled_batches,
 )
 from tests.bench.peers import PEERS, Peer, ReadBatch, folder_of
@@ -107,7 +107,7 @@ def _contender(
     note: str = "",
 ) -> Contender:
     """Ready to be timed; what it reads was checked once."""
-    out_BTC = new_batch()
+    out_BTC = shared_batch()
     for records_B in batches[:2]:
         out_BTC[:] = VIT_B.num_tokens
         read(records_B, out_BTC)
