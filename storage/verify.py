@@ -137,7 +137,7 @@ def _check_metadata(files: Files) -> tuple[StorePlan | None, StoreManifest | Non
     except DamagedError as error:
         found[IMAGES_FILE] = _reason(files, IMAGES_FILE, error)
     for file in manifest.metadata if manifest else ():
-        if file.name not in found and (wrong := _wrong_size(files, file)):
+        if not found.get(file.name, "").startswith("swapped") and (wrong := _wrong_size(files, file)):
             found[file.name] = wrong
     return plan, manifest, [Damage(STORE, name, problem) for name, problem in found.items()]
 
@@ -166,14 +166,14 @@ def _check_receipt(files: Files, index: int, manifest: StoreManifest | None) -> 
 
 def _check_shard(files: Files, plan: StorePlan, entry: ShardEntry, owners: dict[str, int]) -> list[Damage]:
     """What can be told from sizes and from the shard's index. Of a damaged shard the files are read, to tell how."""
-    suspects = [file for file in entry.files if _wrong_size(files, file)]
     problem = ""
-    if not suspects:
+    if not any(_wrong_size(files, file) for file in entry.files):
         try:
             LAYOUTS[plan.backend].open_shard(plan, entry, SmallFiles(files))
+            return []
         except DamagedError as error:
-            suspects, problem = list(entry.files), str(error)
-    damage = [wrong for file in suspects for wrong in _compare(files, entry.index, file, owners)]
+            problem = str(error)
+    damage = [wrong for file in entry.files for wrong in _compare(files, entry.index, file, owners)]
     if problem and not damage:  # every file is what the receipt says
         damage = [Damage(entry.index, receipt_name(entry.index), f"damaged: {problem}")]
     return damage

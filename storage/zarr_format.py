@@ -172,6 +172,10 @@ class ZarrShard:
         tail = files.files.read_end(name, slots * 16 + CRC_BYTES)
         path = f"{files.files.location}/{name}"
         offsets, lengths = decode_token_index(path, tail, plan, entry.file(name).num_bytes)
+        is_hole_R = offsets < 0  # the checksum of a hole is 0
+        is_sound = len(entry.crc32c_R) == slots and np.count_nonzero(~is_hole_R) == entry.num_records
+        if not is_sound or np.any(is_hole_R & (entry.crc32c_R != 0)):
+            raise DamagedError(f"{path} has records and holes in other places than its receipt; {REMEDY}")
         self.tokens = Spans(name, offsets, lengths, entry.crc32c_R)
 
     @cached_property

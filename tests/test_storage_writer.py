@@ -27,6 +27,9 @@ def tmp_path(in_memory: Path) -> Path:
     return in_memory
 
 
+both_layouts = pytest.mark.parametrize("backend", ["zarr", "wds"])
+
+
 class Case(NamedTuple):
     """A store's shape, what is unusable in it, and the order in which its records come."""
 
@@ -65,14 +68,15 @@ def assert_equal(found: FeatureRecord, expected: FeatureRecord) -> None:
         assert ours.dtype == theirs.dtype and ours.tobytes() == theirs.tobytes() and ours.shape == theirs.shape
 
 
-def test_what_goes_in_comes_out(begin_store: Any) -> None:
+@both_layouts
+def test_what_goes_in_comes_out(begin_store: Any, backend: str) -> None:
     names = map(str, itertools.count())
 
-    @settings(max_examples=60)
+    @settings(max_examples=50)
     @given(case=cases())
     def check(case: Case) -> None:
         shape = {"num_images": case.num_images, "views_per_image": case.views}
-        round_trip(case, *begin_store(next(names), **shape, images_per_shard=case.images_per_shard))
+        round_trip(case, *begin_store(next(names), **shape, images_per_shard=case.images_per_shard, backend=backend))
 
     check()
 
@@ -125,8 +129,9 @@ def round_trip(case: Case, root: Path, plan: StorePlan, images: ImageList) -> No
 # Commits
 
 
-def test_committing_again_changes_nothing(begin_store: Any, fill_shard: Any, tree_bytes: Any) -> None:
-    root, plan, images = begin_store()
+@both_layouts
+def test_committing_again_changes_nothing(begin_store: Any, fill_shard: Any, tree_bytes: Any, backend: str) -> None:
+    root, plan, images = begin_store(backend=backend)
     first = fill_shard(root, plan, images, 0).commit()
     before = tree_bytes(root)
     assert fill_shard(root, plan, images, 0).commit() == first
@@ -136,11 +141,12 @@ def test_committing_again_changes_nothing(begin_store: Any, fill_shard: Any, tre
     assert tree_bytes(root) == before
 
 
+@both_layouts
 def test_two_writers_of_one_shard_at_once(
-    begin_store: Any, fill_shard: Any, tree_bytes: Any, monkeypatch: pytest.MonkeyPatch
+    begin_store: Any, fill_shard: Any, tree_bytes: Any, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     """A job that was thought lost may still run. Equal bytes are fine; of unequal ones no mixture is left behind."""
-    root, plan, images = begin_store()
+    root, plan, images = begin_store(backend=backend)
     first = fill_shard(root, plan, images, 0)
 
     def commit_of_another(seed: int) -> None:
@@ -162,8 +168,9 @@ def test_two_writers_of_one_shard_at_once(
     assert first.commit() == entry and not any(damage for index, damage in iter_damage(root) if index == 0)
 
 
-def test_a_damaged_receipt_is_replaced(begin_store: Any, fill_shard: Any) -> None:
-    root, plan, images = begin_store()
+@both_layouts
+def test_a_damaged_receipt_is_replaced(begin_store: Any, fill_shard: Any, backend: str) -> None:
+    root, plan, images = begin_store(backend=backend)
     entry = fill_shard(root, plan, images, 0).commit()
     (root / "receipts/00000.json").write_text("{}")
     assert read_receipt(root, 0) is None
@@ -207,7 +214,7 @@ def test_records_that_do_not_fit_are_refused(begin_store: Any) -> None:
         writer.append(record._replace(key=images.keys[3]))  # an image of the next shard
 
 
-@pytest.mark.parametrize("backend", ["zarr", "wds"])
+@both_layouts
 def test_tokens_that_change_before_their_commit_are_never_read(backend: str, begin_store: Any) -> None:
     """`append` copies nothing; who reuses the memory too early is told by the first read."""
     root, plan, images = begin_store(num_images=1, views_per_image=1, backend=backend)
@@ -235,7 +242,7 @@ def test_another_plan_never_shares_a_folder(begin_store: Any, store_plan: Any, t
     assert tree_bytes(root) == before
 
 
-@pytest.mark.parametrize("backend", ["zarr", "wds"])
+@both_layouts
 def test_metadata_that_changed_meanwhile_is_not_sealed(backend: str, begin_store: Any, fill_shard: Any) -> None:
     """The manifest holds digests of what it finds: damage from before would count as right for ever."""
     root, plan, images = begin_store(num_images=1, backend=backend)
@@ -251,7 +258,7 @@ def test_metadata_that_changed_meanwhile_is_not_sealed(backend: str, begin_store
     assert not any(damage for _, damage in iter_damage(root))
 
 
-@pytest.mark.parametrize("backend", ["zarr", "wds"])
+@both_layouts
 @pytest.mark.parametrize("encoding", [{"kind": "fp16"}, {"kind": "int8", "channel_scale": [0.25] * 64}])
 @pytest.mark.parametrize("subset", [None, {"fraction": 0.25, "seed": 1}])
 def test_the_room_that_is_asked_for_is_enough(
