@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NewType, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field as Setting
 from pydantic import StringConstraints
 
 from storage.encodings import AnyEncoding, Field, Fp16
@@ -34,10 +35,10 @@ class FeatureSpec(Schema):
     """The shape of one view's tokens."""
 
     teacher: str
-    num_prefix_tokens: int
+    num_prefix_tokens: int = Setting(ge=0)
     """CLS and registers, in front of the grid."""
     grid_hw: tuple[int, int]
-    channels: int
+    channels: int = Setting(ge=1)
 
     @property
     def num_tokens(self) -> int:
@@ -154,9 +155,9 @@ class StorePlan(Sealed):
     """Over the weights' tensors."""
     teacher: dict[str, Any]
     """The teacher's row of data: tap point, input size, normalisation."""
-    num_images: int
-    views_per_image: int
-    images_per_shard: int
+    num_images: int = Setting(ge=0)
+    views_per_image: int = Setting(ge=1)
+    images_per_shard: int = Setting(ge=1)
 
     @property
     def num_kept_tokens(self) -> int:
@@ -231,13 +232,16 @@ class StoreManifest(Sealed):
 
 
 def refuse_other(path: Path, text: bytes) -> None:
-    """Refuse a plan or manifest of another format; what is damaged is left to `from_file`.
+    """Refuse a plan or manifest of another format; what is damaged or no plan is left to `from_file`.
 
     Raises:
         InputError: says both versions.
     """
-    value = json.loads(unsealed(text) or b"{}")
-    version = value.get("plan", value).get("format_version", FORMAT_VERSION)
+    try:
+        value = json.loads(unsealed(text) or b"{}")
+        version = int(value.get("plan", value)["format_version"])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return
     if version > FORMAT_VERSION:
         raise InputError(f"{path} has store format {version}, this program reads up to {FORMAT_VERSION}; update it")
     if version < FORMAT_VERSION:

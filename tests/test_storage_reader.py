@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from storage.errors import DamagedError, InputError
+from storage.fingerprint import digest_bytes
 from storage.image_index import FILE_NAME, ImageList
 from storage.reader import open_store
 from storage.records import FORMAT_VERSION, StoreManifest
@@ -179,6 +180,30 @@ def test_a_format_from_before_the_first_release_is_refused_by_name(make_store: A
     (root / "manifest.json").write_bytes(older.to_file())
     with pytest.raises(InputError, match=rf"store format {FORMAT_VERSION - 1}, from before .*: extract it again"):
         open_store(root)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'{"plan": 1', b'{"plan": [1]', b'{"plan": {"format_version": "x"}', b'{"a', b"", b'{"plan": null', b"{" * 9,
+     b'{"a":' * 100_000],
+)  # fmt: skip
+def test_a_whole_seal_on_nonsense_is_refused(make_store: Any, body: bytes) -> None:
+    root, _, _ = make_store()
+    seal = b',\n "digest": "' + digest_bytes(body).encode() + b'"\n}\n'
+    for name in ("manifest.json", "plan.json"):
+        (root / name).write_bytes(body + seal)
+        with pytest.raises(DamagedError, match=f"{name} is not a valid Store"):
+            open_store(root, allow_unfinished=True)
+        (root / name).unlink()
+
+
+@pytest.mark.parametrize("changes", [{"images_per_shard": 0}, {"views_per_image": 0}, {"num_images": -1}])
+def test_a_plan_of_impossible_numbers_is_refused(make_store: Any, changes: Any) -> None:
+    root, plan, _ = make_store()
+    (root / "manifest.json").unlink()
+    (root / "plan.json").write_bytes(plan.model_copy(update=changes).to_file())
+    with pytest.raises(DamagedError, match=rf"plan\.json is not a valid StorePlan: {next(iter(changes))}"):
+        open_store(root, allow_unfinished=True)
 
 
 def test_a_manifest_of_too_few_shards_is_refused(make_store: Any) -> None:

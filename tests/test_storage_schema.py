@@ -66,6 +66,15 @@ def test_files_and_pieces_have_the_digest_of_their_bytes(tmp_path: Path, size: i
     )
 
 
+@pytest.mark.timeout(20)
+def test_a_forked_process_takes_digests_too(tmp_path: Path, fork: Any) -> None:
+    """A digest by many threads waits for ever in a child, which has none of its parent's threads."""
+    (tmp_path / "file").write_bytes(bytes(20_000_000))
+    expected = digest_file(tmp_path / "file")
+    seen = os.waitpid(fork(lambda: print(digest_file(tmp_path / "file") == expected or 1 / 0)), 0)
+    assert seen[1] == 0
+
+
 @given(st.lists(st.binary(max_size=3), max_size=4), st.lists(st.binary(max_size=3), max_size=4))
 def test_the_boundaries_of_parts_count(one: list[bytes], other: list[bytes]) -> None:
     assert (digest_parts(one) == digest_parts(other)) == (one == other)
