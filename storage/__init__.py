@@ -29,6 +29,7 @@ answers.py      what a server's answer means
 shards.py       a shard in memory, and what every layout must be able to do with one
 zarr_metadata.py the Zarr v3 layout: which arrays there are
 zarr_format.py  the Zarr v3 layout: the bytes of their chunks and shards
+tar_archive.py  a tar under construction
 tar_format.py   the WebDataset layout: a tar and an offset index a shard
 layouts.py      the layouts by name
 receipts.py     which shards exist

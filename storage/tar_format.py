@@ -15,9 +15,7 @@ anything else, and stand in the JSON. Headers carry no time and no owner, so equ
 
 import ast
 import contextlib
-import io
 import json
-import tarfile
 from functools import cached_property
 from typing import Any
 
@@ -31,8 +29,8 @@ from storage.fingerprint import crc32c
 from storage.jpeg import max_view_bytes
 from storage.records import ShardEntry, StorePlan
 from storage.shards import VIEW_FIELDS, Layout, PackedRecord, Pieces, ShardContent, SmallFiles, Spans, check_crc32c
+from storage.tar_archive import BLOCK, TarArchive, npy_bytes, npy_header
 
-BLOCK = tarfile.BLOCKSIZE
 NPY_MAGIC = b"\x93NUMPY\x01\x00"
 INDEX_DTYPE = np.dtype(
     [
@@ -79,7 +77,7 @@ def tokens_suffix(plan: StorePlan) -> str:
 
 def pack(plan: StorePlan, content: ShardContent) -> dict[str, Pieces]:
     """The tar of one shard and its index."""
-    tar, first = _Tar(), content.shard * plan.records_per_shard
+    tar, first = TarArchive(), content.shard * plan.records_per_shard
     rows = np.full(plan.records_per_shard, NO_RECORD, INDEX_DTYPE)
     for slot, record in enumerate(content.records):
         if record is not None:
@@ -88,7 +86,7 @@ def pack(plan: StorePlan, content: ShardContent) -> dict[str, Pieces]:
 
 
 def _pack_record(
-    tar: "_Tar", name: str, record: PackedRecord, plan: StorePlan, classes: tuple[str, ...]
+    tar: TarArchive, name: str, record: PackedRecord, plan: StorePlan, classes: tuple[str, ...]
 ) -> tuple[Any, ...]:
     facts = {
         "key": record.key,
@@ -113,49 +111,6 @@ def _pack_record(
     header = npy_header(field.dtype, field.shape) if plan.encoding.compressor() is None else b""
     tokens = tar.add(f"{name}.{tokens_suffix(plan)}", header, record.tokens)
     return tokens, len(record.tokens), *jpeg, *stats, *scale, *record.view_F.tolist()
-
-
-class _Tar:
-    """A tar under construction, as buffers."""
-
-    def __init__(self) -> None:
-        self.pieces: Pieces = []
-        self.num_bytes = 0
-
-    def add(self, name: str, *parts: bytes | memoryview) -> int:
-        """Add a member; returns where its last part begins."""
-        member = tarfile.TarInfo(name)
-        member.size = sum(map(len, parts))
-        padding = bytes(-member.size % BLOCK)
-        self._extend(member.tobuf(tarfile.USTAR_FORMAT), *parts, padding)
-        return self.num_bytes - len(padding) - len(parts[-1])
-
-    def add_array(self, name: str, values: NDArray[Any]) -> tuple[int, int]:
-        """Add a `.npy` member; returns where its values begin, and their checksum."""
-        data = values.tobytes()
-        return self.add(name, npy_header(values.dtype.str, values.shape), data), crc32c(data)
-
-    def close(self) -> Pieces:
-        """All of it, with the end-of-archive mark."""
-        self._extend(bytes(2 * BLOCK))
-        return self.pieces
-
-    def _extend(self, *parts: bytes | memoryview) -> None:
-        self.pieces += [part for part in parts if len(part)]
-        self.num_bytes += sum(map(len, parts))
-
-
-def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """The header of a `.npy` file, whose length is a multiple of 64 bytes."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": shape})
-    return buffer.getvalue()
-
-
-def npy_bytes(array: NDArray[Any]) -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
-    return buffer.getvalue()
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
