@@ -70,7 +70,7 @@ def understand(error: BaseException) -> Answer:
         return Answer("again", text)
     if status == 416 or code == "InvalidRange":
         return Answer("past the end", text)
-    if status in (401, 403) or all_names & NOT_ALLOWED:
+    if status in (401, 403) or all_names & NOT_ALLOWED or str(telling).startswith("Forbidden"):  # as gcsfs has it
         return Answer("not allowed", text)
     if status in (404, 410) or (status is None and "FileNotFoundError" in all_names):
         return Answer("missing", text)

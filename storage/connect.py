@@ -25,6 +25,10 @@ def connect(scheme: str, location: str, timeout_seconds: float) -> Any:
         import fsspec
 
         kind = fsspec.get_filesystem_class(scheme)
+        if EXTRAS[scheme] == "gcs":
+            from gcsfs.core import GCSFileSystem
+
+            kind = GCSFileSystem  # the package's newer default asks over gRPC first, which may take a minute
         options = _OPTIONS[EXTRAS[scheme]](location, timeout_seconds)
     except ImportError as error:
         extra = EXTRAS[scheme]

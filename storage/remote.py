@@ -228,7 +228,7 @@ class RemoteFiles:
                 raise _FailedError(span.name) from failed[span]
 
         expected = sum(span.end - span.start for span in spans if span.end is not None)
-        self.ask("", fetch_rest, min(expected, MAX_WHOLE_BYTES))
+        self.ask(spans[0].name, fetch_rest, min(expected, MAX_WHOLE_BYTES))
         return found
 
     def _system(self) -> Any:
