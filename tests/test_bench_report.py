@@ -36,7 +36,8 @@ def report() -> Report:
         "Sizes", "made up",
         (
             Row("ours", "ours", 101.0, "bytes", ratio=1.01, target=1.006, limit="tokens", is_less_better=True),
-            Row("theirs", "peer", 99.0, "bytes", ratio=0.99, limit="tokens", is_less_better=True),
+            Row("theirs", "peer", 98.0, "bytes", ratio=0.98, limit="tokens", is_less_better=True),
+            Row("even", "peer", 100.0, "bytes", ratio=1.0, limit="tokens", is_less_better=True),
             Row("open", "ours", 3.0, "ms", target=5.0, is_less_better=True),
         ),
     )  # fmt: skip
@@ -68,7 +69,7 @@ def test_peers_that_are_ahead_are_named(report: Report) -> None:
 
 
 def test_smaller_is_better_where_it_is(report: Report) -> None:
-    ours, _, opened = report.sections[1].rows
+    ours, *_, opened = report.sections[1].rows
     assert (ours.is_met, opened.is_met) == (False, True)
 
 

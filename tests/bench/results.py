@@ -10,6 +10,10 @@ Role = Literal["limit", "ours", "peer", "reference"]
 """A reference is measured to explain the others; it competes with nobody."""
 
 
+TIE = 1.02
+"""Two that are nearer to each other than this are even: another run may order them otherwise."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One measurement."""
@@ -48,7 +52,7 @@ class Section:
     rows: tuple[Row, ...]
 
     def winning_peers(self) -> list[Row]:
-        """Peers that are ahead of everything of ours that has the same limit."""
+        """Peers that are clearly ahead of everything of ours that has the same limit."""
         return [row for row in self.rows if row.role == "peer" and row.ratio is not None and self._wins(row)]
 
     def _wins(self, peer: Row) -> bool:
@@ -56,7 +60,9 @@ class Section:
             row.ratio for row in self.rows if row.role == "ours" and row.limit == peer.limit and row.ratio is not None
         ]
         assert peer.ratio is not None
-        return bool(ours) and (peer.ratio < min(ours) if peer.is_less_better else peer.ratio > max(ours))
+        if not ours:
+            return False
+        return peer.ratio * TIE < min(ours) if peer.is_less_better else peer.ratio > TIE * max(ours)
 
 
 @dataclass(frozen=True)
