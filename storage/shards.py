@@ -51,7 +51,7 @@ class ShardContent(NamedTuple):
 
 
 class Spans(NamedTuple):
-    """Where pieces of one file lie: 12 bytes a record, and 4 for the checksum that the receipt holds."""
+    """Where pieces of one file lie: 12 bytes a record with the checksum; 4 more where lengths differ."""
 
     name: str
     offsets_R: NDArray[np.int64]
@@ -80,8 +80,12 @@ class SmallFiles:
         self._kept: OrderedDict[str, bytes] = OrderedDict()
         self._lock = threading.Lock()
 
-    def read(self, entry: ShardEntry, name: str) -> bytes:
+    def read(self, name: str, digest: str, *, keep: bool = True) -> bytes:
         """A whole small file. One that is whole but belongs to another shard is not taken.
+
+        Args:
+            digest: as the receipt of its shard has it.
+            keep: it will be asked for again.
 
         Raises:
             DamagedError: it is missing or is not what the receipt says.
@@ -91,8 +95,10 @@ class SmallFiles:
                 self._kept.move_to_end(name)
                 return self._kept[name]
         data = self.files.read(name)
-        if digest_bytes(data) != entry.file(name).digest:
-            raise DamagedError(f"{self.files.location}/{name} is not what shard {entry.index}'s receipt says; {REMEDY}")
+        if digest_bytes(data) != digest:
+            raise DamagedError(f"{self.files.location}/{name} is not what its shard's receipt says; {REMEDY}")
+        if not keep:
+            return data
         with self._lock:
             if name not in self._kept:
                 self._kept[name] = data

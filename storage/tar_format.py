@@ -160,27 +160,27 @@ class TarShard:
     """One shard: its offset index parsed."""
 
     def __init__(self, plan: StorePlan, entry: ShardEntry, files: SmallFiles) -> None:
-        self._plan, self._entry, self._files = plan, entry, files
-        self._name = index_name(entry.index)
-        rows = self._index()
-        if not _is_sound(rows, plan, entry.file(tar_name(entry.index)).num_bytes):
+        self._plan, self._files = plan, files
+        self._tar, self._name = tar_name(entry.index), index_name(entry.index)
+        self._digest = entry.file(self._name).digest
+        rows = self._index(keep=False)
+        if not _is_sound(rows, plan, entry.file(self._tar).num_bytes):
             raise DamagedError(f"{files.files.location}/{self._name} leads out of its tar; {REMEDY}")
-        self.tokens = Spans(
-            tar_name(entry.index), rows["tokens_offset"].copy(), rows["tokens_bytes"].copy(), entry.crc32c_R
-        )
+        lengths_R, size = rows["tokens_bytes"].copy(), plan.fields["tokens"].num_bytes
+        if plan.encoding.compressor() is None:
+            lengths_R = np.broadcast_to(np.uint32(size), lengths_R.shape)
+        self.tokens = Spans(self._tar, rows["tokens_offset"].copy(), lengths_R, entry.crc32c_R)
 
-    def _index(self) -> NDArray[Any]:
-        data = self._files.read(self._entry, self._name)
+    def _index(self, *, keep: bool = True) -> NDArray[Any]:
+        data = self._files.read(self._name, self._digest, keep=keep)
         return read_npy(f"{self._files.files.location}/{self._name}", data, INDEX_DTYPE, self._plan.records_per_shard)
 
     @cached_property
     def jpegs(self) -> Spans:
         """Where the rendered views lie."""
-        rows = self._index()
-        return Spans(
-            tar_name(self._entry.index), rows["jpeg_offset"].copy(), rows["jpeg_bytes"].copy(),
-            rows["jpeg_crc32c"].copy(),
-        )  # fmt: skip
+        rows = self._index(keep=False)
+        offsets, lengths, checksums = (rows[name].copy() for name in ("jpeg_offset", "jpeg_bytes", "jpeg_crc32c"))
+        return Spans(self._tar, offsets, lengths, checksums)
 
     def rows(self, name: str, slots: NDArray[np.int64]) -> NDArray[Any]:
         """Rows of a small array, from the index or from the members of each record."""
@@ -195,7 +195,7 @@ class TarShard:
 
     def _members(self, kind: str, index: NDArray[Any], out: NDArray[Any]) -> NDArray[Any]:
         """Read a small member of each record; the rows of holes come back as NaN."""
-        tar = tar_name(self._entry.index)
+        tar = self._tar
         offsets, checksums = index[f"{kind}_offset"], index[f"{kind}_crc32c"]
         out[offsets < 0] = np.nan
         wanted = np.flatnonzero(offsets >= 0)

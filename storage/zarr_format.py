@@ -143,7 +143,7 @@ def decode_chunk(path: str, data: bytes, dtype: str | np.dtype[Any], shape: tupl
 def decode_token_index(
     path: str, data: bytes, plan: StorePlan, file_bytes: int
 ) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
-    """Byte offset (-1 for a hole) and stored bytes of each record.
+    """Byte offset (-1 for a hole) and stored bytes (any number for a hole) of each record.
 
     Raises:
         DamagedError: wrong checksum, or an index that no writer of ours makes.
@@ -159,7 +159,10 @@ def decode_token_index(
         is_sound = bool(np.all(sizes == plan.fields["tokens"].num_bytes + CRC_BYTES))
     if not is_sound:
         raise DamagedError(f"{path} has an impossible index; {REMEDY}")
-    stored = np.where(is_hole, 0, lengths - np.uint64(CRC_BYTES)).astype(np.uint32)
+    if plan.encoding.compressor() is None:
+        stored = np.broadcast_to(np.uint32(plan.fields["tokens"].num_bytes), is_hole.shape)
+    else:
+        stored = np.where(is_hole, 0, lengths - np.uint64(CRC_BYTES)).astype(np.uint32)
     return np.where(is_hole, np.uint64(0), offsets).astype(np.int64) - is_hole, stored
 
 
@@ -167,7 +170,9 @@ class ZarrShard:
     """One shard: its token index parsed, its small arrays read when they are asked for."""
 
     def __init__(self, plan: StorePlan, entry: ShardEntry, files: SmallFiles) -> None:
-        self._plan, self._entry, self._files = plan, entry, files
+        self._plan, self._files, self._index = plan, files, entry.index
+        self._digests = {file.name: file.digest for file in entry.files}  # the entry itself takes much more memory
+        self._jpeg_bytes = entry.file(jpeg_shard_name(entry.index)).num_bytes if plan.stored_views else 0
         name, slots = token_shard_name(entry.index), plan.records_per_shard
         tail = files.files.read_end(name, slots * 16 + CRC_BYTES)
         path = f"{files.files.location}/{name}"
@@ -189,19 +194,24 @@ class ZarrShard:
         assert views is not None
         slots = np.arange(self._plan.records_per_shard)
         spans, checksums = self.rows("view_spans", slots), self.rows("view_crc32c", slots)
-        (starts, stops), name = spans.T, jpeg_shard_name(self._entry.index)
-        first, is_hole = self._entry.index * jpeg_capacity(self._plan), stops == 0
-        is_inside = (first <= starts) & (starts < stops) & (stops <= first + self._entry.file(name).num_bytes)
+        (starts, stops), name = spans.T, jpeg_shard_name(self._index)
+        first, is_hole = self._index * jpeg_capacity(self._plan), stops == 0
+        is_inside = (first <= starts) & (starts < stops) & (stops <= first + self._jpeg_bytes)
         if not np.all(is_hole | (is_inside & (stops - starts <= max_view_bytes(views.px)))):
             raise DamagedError(f"{self._files.files.location}/{name}: view_spans lead out of it; {REMEDY}")
         offsets, lengths = np.where(is_hole, -1, starts - first), np.where(is_hole, 0, stops - starts)
         return Spans(name, offsets, lengths.astype(np.uint32), checksums)
 
+    def _digest(self, file: str) -> str:
+        if file not in self._digests:
+            raise DamagedError(f"the receipt of shard {self._index} names no {file}; {ShardEntry.remedy}")
+        return self._digests[file]
+
     def rows(self, name: str, slots: NDArray[np.int64]) -> NDArray[Any]:
         """Rows of a small array."""
         row, dtype = small_arrays(self._plan)[name]
-        file = chunk_name(name, self._entry.index)
-        data = self._files.read(self._entry, file)  # checked against the receipt, so its own crc32c needs no look
+        file = chunk_name(name, self._index)
+        data = self._files.read(file, self._digest(file))  # so its own crc32c needs no look
         shape = (self._plan.records_per_shard, *row)
         if len(data) != int(np.prod(shape)) * dtype.itemsize + CRC_BYTES:
             raise DamagedError(f"{self._files.files.location}/{file} is no chunk of {shape} {dtype}; {REMEDY}")
