@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -25,6 +26,7 @@ from storage.atomic import (
     to_json_bytes,
     write_file,
     write_json,
+    write_private,
 )
 from storage.errors import DamagedError, DiskError, StoreBusyError
 from storage.lock import hold_lock
@@ -112,6 +114,24 @@ def test_readers_see_the_old_or_the_new_file_and_nothing_between(tmp_path: Path,
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
     assert seen == {b"a", b"b"}
+
+
+@pytest.mark.parametrize("most", [None, 1, 700, 100_000])
+def test_many_pieces_arrive_whole_and_in_order(
+    tmp_path: Path, most: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the system takes only `most` bytes at a time, as it may."""
+    generator = random.Random(most)
+    pieces = [generator.randbytes(generator.choice([0, 1, 30, 900])) for _ in range(1300 if most != 1 else 30)]
+    taken = [memoryview(piece) if number % 2 else piece for number, piece in enumerate(pieces)]
+    if most is not None:
+        write = os.write
+        monkeypatch.setattr(os, "write", lambda file, data: write(file, bytes(data[:most])))
+        monkeypatch.setattr(os, "writev", lambda file, parts: write(file, b"".join(parts)[:most]))
+    write_private(tmp_path / "file", *taken)
+    assert (tmp_path / "file").read_bytes() == b"".join(pieces)
+    write_private(tmp_path / "empty")
+    assert (tmp_path / "empty").read_bytes() == b""
 
 
 def test_private_names_are_hidden_beside_the_file_and_never_the_same() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from storage.writer import finish_store
+from storage.folder import finish_store
 
 
 @pytest.fixture
@@ -30,10 +30,12 @@ def durable(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     return kept
 
 
+@pytest.mark.parametrize(("backend", "folder"), [("zarr", "tokens"), ("wds", "shards")])
 def test_a_receipt_is_written_after_everything_else_is_safe(
-    begin_store: Any, tmp_path: Path, fill_shard: Any, durable: set[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root, plan, images = begin_store("new/store", num_images=5)
+    begin_store: Any, tmp_path: Path, fill_shard: Any, durable: set[int], monkeypatch: pytest.MonkeyPatch,
+    backend: str, folder: str,
+) -> None:  # fmt: skip
+    root, plan, images = begin_store("new/store", num_images=5, backend=backend, view_px=8)
     link, seen = os.link, []
 
     def unsafe(top: Path) -> list[Path]:
@@ -53,5 +55,5 @@ def test_a_receipt_is_written_after_everything_else_is_safe(
     monkeypatch.setattr(os, "link", link)
     fill_shard(root, plan, images, 1).commit()
     finish_store(root)
-    assert unsafe(root / "receipts") == [] and unsafe(root / "tokens") == []
+    assert unsafe(root / "receipts") == [] and unsafe(root / folder) == []
     assert (root / "manifest.json").stat().st_ino in durable and root.stat().st_ino in durable
