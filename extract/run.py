@@ -17,13 +17,13 @@ from extract.whiten import SETTINGS as WHITENING
 from extract.worker import Worker, sample_tokens
 from storage.encodings import Encoding, fit_encoding, is_fitted
 from storage.errors import InputError, QuarantineError
+from storage.folder import create_store, find_plan, finish_store, sweep
 from storage.image_index import ImageList, load_index
 from storage.jpeg import ViewCodec
 from storage.lock import hold_lock
 from storage.receipts import committed_shards, read_receipt
 from storage.records import ShardEntry, StoredViews, StorePlan
 from storage.stage import Progress, SilentProgress, stop_on_signals
-from storage.writer import create_store, find_plan, finish_store, sweep
 
 
 def run(

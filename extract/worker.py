@@ -15,11 +15,12 @@ from extract.config import ExtractConfig
 from extract.teachers import find_teacher
 from extract.whiten import whiten
 from storage.errors import BadImageError, ConfigError, InputError
+from storage.folder import load_plan
 from storage.image_index import ImageList, load_index
 from storage.jpeg import decode_view, encode_view
 from storage.records import FeatureRecord, ImageKey, ShardEntry, StorePlan
 from storage.views import Renderer, View, ViewSampler, load_sampler
-from storage.writer import ShardWriter, load_plan
+from storage.writer import ShardWriter
 
 
 class _Rendered(NamedTuple):

@@ -9,11 +9,11 @@ from extract.config import ExtractConfig
 from pipeline.config import PipelineConfig
 from pipeline.workspace import Workspace, load_current, read_result
 from storage.errors import ConfigError, DamagedError
+from storage.folder import find_plan
 from storage.image_index import load_index
 from storage.lock import hold_lock
 from storage.stage import Progress
 from storage.verify import STORE, Damage, check_structure, discard_shard, iter_data_damage, sample_shards
-from storage.writer import find_plan
 
 
 class Health(NamedTuple):

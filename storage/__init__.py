@@ -33,7 +33,8 @@ tar_archive.py  a tar under construction
 tar_format.py   the WebDataset layout: a tar and an offset index a shard
 layouts.py      the layouts by name
 receipts.py     which shards exist
-writer.py       shards to a store: private attempt, fsync, publish, receipt
+folder.py       a store's folder: begun, swept, finished
+writer.py       a shard to a store: private attempt, fsync, publish, receipt
 store.py        what every store can be asked
 reader.py       a store to records and batches
 memory.py       a store in memory: the fake for tests, and the reference

@@ -45,7 +45,7 @@ def raw_bytes(column: NDArray[Any]) -> memoryview:
     return np.ascontiguousarray(column).reshape(-1).view(np.uint8).data
 
 
-def open_columns(path: Path, data: bytes) -> tuple[bytes, memoryview]:
+def open_columns(path: Path | str, data: bytes) -> tuple[bytes, memoryview]:
     """The header of a file of columns, and the part that holds them.
 
     Raises:
@@ -62,7 +62,7 @@ def open_columns(path: Path, data: bytes) -> tuple[bytes, memoryview]:
 
 
 def cut_columns(
-    path: Path, body: memoryview, columns: Sequence[tuple[DTypeLike, tuple[int, ...]]]
+    path: Path | str, body: memoryview, columns: Sequence[tuple[DTypeLike, tuple[int, ...]]]
 ) -> list[NDArray[Any]]:
     """Read-only arrays of the given types and shapes, without a copy.
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from storage.encodings import Encoding, Fields, fit_encoding, is_fitted
 from storage.errors import ConfigError
+from storage.folder import create_store, finish_store, sweep
 from storage.image_list import ImageList
 from storage.jpeg import ViewCodec, encode_view
 from storage.lock import hold_lock
@@ -22,7 +23,7 @@ from storage.stage import Progress, SilentProgress
 from storage.store import FeatureReader
 from storage.token_subset import TokenSubset
 from storage.views import Renderer
-from storage.writer import ShardWriter, create_store, finish_store, sweep
+from storage.writer import ShardWriter
 
 FIT_RECORDS = 256
 """Records, spread over a store, that an encoding is fitted on."""

@@ -136,7 +136,7 @@ class ImageList:
         return encode_images(self, None)
 
     @classmethod
-    def from_file(cls, path: Path, data: bytes) -> "ImageList":
+    def from_file(cls, path: Path | str, data: bytes) -> "ImageList":
         """Parse a file that `to_file` made.
 
         Raises:
@@ -168,7 +168,7 @@ def encode_images(images: ImageList, is_eval_N: NDArray[np.bool_] | None) -> byt
     )
 
 
-def decode_images(path: Path, data: bytes, remedy: str) -> Decoded:
+def decode_images(path: Path | str, data: bytes, remedy: str) -> Decoded:
     """Parse and check a file of images; its columns are views of `data`.
 
     Raises:

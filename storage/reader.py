@@ -46,7 +46,7 @@ def open_store(root: Path | str, *, check: Check = "once", allow_unfinished: boo
 
 def load_manifest(files: Files, *, allow_unfinished: bool = False) -> StoreManifest:
     """Read what `open_store` needs to know; it raises the same."""
-    path = Path(files.location) / "manifest.json"
+    path = f"{files.location}/manifest.json"
     if files.exists("manifest.json"):
         text = files.read("manifest.json")
         refuse_other(path, text)
@@ -63,8 +63,9 @@ def load_manifest(files: Files, *, allow_unfinished: bool = False) -> StoreManif
             "open it with allow_unfinished=True"
         )
     text = files.read("plan.json")
-    refuse_other(path.with_name("plan.json"), text)
-    return _manifest_so_far(files, StorePlan.from_file(path.with_name("plan.json"), text))
+    plan_path = f"{files.location}/plan.json"
+    refuse_other(plan_path, text)
+    return _manifest_so_far(files, StorePlan.from_file(plan_path, text))
 
 
 def _manifest_so_far(files: Files, plan: StorePlan) -> StoreManifest:
@@ -112,7 +113,7 @@ class FileReader(FeatureReader):
         return FileReader, (self.files, self.manifest, self.check)
 
     def load_images(self) -> ImageList:
-        path = Path(self.location) / IMAGES_FILE
+        path = f"{self.location}/{IMAGES_FILE}"
         data = self.files.read(IMAGES_FILE)
         images = ImageList.from_file(path, data)
         committed = [file.digest for file in self.manifest.metadata if file.name == IMAGES_FILE]  # labels included

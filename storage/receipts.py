@@ -21,7 +21,7 @@ def parse_receipt(files: Files, index: int, data: bytes) -> ShardEntry:
     Raises:
         DamagedError: it is damaged, or the receipt of another shard.
     """
-    path = Path(files.location) / receipt_name(index)
+    path = f"{files.location}/{receipt_name(index)}"
     entry = ShardEntry.from_file(path, data)
     if entry.index != index:
         raise DamagedError(f"{path} is the receipt of shard {entry.index}; {ShardEntry.remedy}")

@@ -231,7 +231,7 @@ class StoreManifest(Sealed):
         return self.plan.fingerprint
 
 
-def refuse_other(path: Path, text: bytes) -> None:
+def refuse_other(path: Path | str, text: bytes) -> None:
     """Refuse a plan or manifest of another format; what is damaged or no plan is left to `from_file`.
 
     Raises:

@@ -26,7 +26,7 @@ class Schema(BaseModel):
         return self.model_dump(mode="json")
 
     @classmethod
-    def from_file(cls, path: Path, text: bytes) -> Self:
+    def from_file(cls, path: Path | str, text: bytes) -> Self:
         """Parse a file that this program wrote earlier.
 
         Raises:
@@ -63,7 +63,7 @@ class Sealed(Schema):
         return body + _seal(body)
 
     @classmethod
-    def from_file(cls, path: Path, text: bytes) -> Self:
+    def from_file(cls, path: Path | str, text: bytes) -> Self:
         """Parse a file that this program wrote earlier.
 
         Raises:

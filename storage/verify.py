@@ -110,13 +110,12 @@ def iter_damage(root: Path | str) -> Iterator[tuple[int, list[Damage]]]:
 
 def _check_metadata(files: Files) -> tuple[StorePlan | None, StoreManifest | None, list[Damage]]:
     """The plan, from wherever it can be read; the manifest of a finished store; what is damaged."""
-    folder = Path(files.location)
     plan = manifest = None
     found: dict[str, str] = {}
     try:
         text = files.read("plan.json")
-        refuse_other(folder / "plan.json", text)
-        plan = StorePlan.from_file(folder / "plan.json", text)
+        refuse_other(f"{files.location}/plan.json", text)
+        plan = StorePlan.from_file(f"{files.location}/plan.json", text)
     except DamagedError as error:
         found["plan.json"] = _reason(files, "plan.json", error)
     if files.exists("manifest.json"):
@@ -131,7 +130,7 @@ def _check_metadata(files: Files) -> tuple[StorePlan | None, StoreManifest | Non
             plan, manifest = (plan, None) if copy == plan else (manifest.plan, manifest)
         plan = plan or (manifest.plan if manifest else copy)
     try:
-        images = ImageList.from_file(folder / IMAGES_FILE, files.read(IMAGES_FILE))
+        images = ImageList.from_file(f"{files.location}/{IMAGES_FILE}", files.read(IMAGES_FILE))
         if plan and images.fingerprint != plan.images_fingerprint:
             found[IMAGES_FILE] = "swapped: the images of another store"
     except DamagedError as error:
@@ -154,7 +153,7 @@ def _check_receipt(files: Files, index: int, manifest: StoreManifest | None) -> 
         return Damage(index, name, "missing: not extracted yet, or discarded")
     try:
         data = files.read(name)
-        entry = ShardEntry.from_file(Path(files.location) / name, data)
+        entry = ShardEntry.from_file(f"{files.location}/{name}", data)
     except DamagedError as error:
         return Damage(index, name, _reason(files, name, error))
     if entry.index != index:

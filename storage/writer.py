@@ -1,14 +1,5 @@
-"""Writing a store. A shard is written privately, fsynced, published by rename; then its receipt makes it exist.
+"""Writing a shard: privately, fsynced, published by rename; then its receipt makes it exist."""
 
-plan.json          frozen; two plans never share a folder
-images.bin         ordered keys, labels, digests
-zarr.json, tokens/ ... or dataset.json, shards/: see zarr_format.py and tar_format.py
-receipts/00017.json
-attempts/          private; swept when extraction starts
-manifest.json      last
-"""
-
-import shutil
 import uuid
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,100 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from storage.atomic import create_file, disk_errors, make_folder, publish, remove_tree, write_file, write_private
+from storage.atomic import create_file, disk_errors, make_folder, publish, remove_tree, write_private
 from storage.encodings import Fields
-from storage.errors import ConfigError, DamagedError, DiskError
-from storage.files import LocalFiles
-from storage.fingerprint import crc32c, digest_bytes
-from storage.image_index import FILE_NAME as IMAGES_FILE
+from storage.errors import DamagedError
+from storage.fingerprint import crc32c
 from storage.image_list import ImageList
 from storage.layouts import LAYOUTS
-from storage.receipts import committed_shards, read_receipt, receipt_name, receipt_path
-from storage.records import (
-    BadImage,
-    FeatureRecord,
-    FileEntry,
-    ShardEntry,
-    StoreManifest,
-    StorePlan,
-    refuse_other,
-)
+from storage.receipts import read_receipt, receipt_path
+from storage.records import BadImage, FeatureRecord, FileEntry, ShardEntry, StorePlan
 from storage.shards import PackedRecord, Pieces, ShardContent, view_to_row
-
-
-def create_store(root: Path, plan: StorePlan, images: ImageList) -> None:
-    """Make an unfilled store, or accept the one that is there when it has the same plan; what is damaged or missing of
-    its metadata is written again.
-
-    Raises:
-        ConfigError: the folder holds a store of another plan; names the first differences.
-        DamagedError: the folder holds shards of a plan that nothing tells any more.
-        DiskError: not enough room for the whole store.
-    """
-    if images.fingerprint != plan.images_fingerprint:
-        raise AssertionError("the plan was made for other images")
-    make_folder(root)
-    found = find_plan(root)
-    if found is None:
-        _check_room(root, plan)
-    elif found != plan:
-        raise ConfigError(f"{root} holds another store: {found.differences(plan)}; choose another folder")
-    for name, data in encode_metadata(plan, images).items():
-        path = root / name
-        if not path.exists() or path.read_bytes() != data:
-            write_file(path, data)
-
-
-def encode_metadata(plan: StorePlan, images: ImageList) -> dict[str, bytes]:
-    """The files of a store that belong to no shard, without the manifest."""
-    return LAYOUTS[plan.backend].metadata(plan) | {
-        IMAGES_FILE: images.at("").to_file(),
-        "plan.json": plan.to_file(),
-    }
-
-
-def needed_bytes(plan: StorePlan) -> int:
-    """Upper bound of what a store takes on disk, but for its rendered views, of which it is a good guess."""
-    per_token = 8 + (6 if plan.token_subset else 0)
-    members = 3 + ("token_scale" in plan.fields) + (plan.stored_views is not None)
-    framing = 1024 * members + 512 if plan.backend == "wds" else 96  # a tar's headers and the fill of its blocks
-    view = 0.5 * plan.stored_views.px**2 if plan.stored_views else 0
-    return int(plan.num_records * (plan.record_bytes + per_token * plan.num_kept_tokens + framing + view))
-
-
-def _check_room(root: Path, plan: StorePlan) -> None:
-    needed, free = needed_bytes(plan), shutil.disk_usage(root).free
-    if needed > free:
-        raise DiskError(
-            f"the store needs {needed / 1e9:.1f} GB at {root}, where {free / 1e9:.1f} GB are free; "
-            "choose another WORK folder, or fewer VIEWS"
-        )
-
-
-def load_plan(root: Path) -> StorePlan:
-    path = root / "plan.json"
-    text = path.read_bytes()
-    refuse_other(path, text)
-    return StorePlan.from_file(path, text)
-
-
-def find_plan(root: Path) -> StorePlan | None:
-    """The plan of the store in a folder, from plan.json or, where that is damaged, from its copy; None for no store.
-
-    Raises:
-        DamagedError: there are shards, but nothing tells of what.
-    """
-    try:
-        return load_plan(root)
-    except (FileNotFoundError, DamagedError):
-        files = LocalFiles(root)
-        plan = next(filter(None, (layout.find_plan(files) for layout in LAYOUTS.values())), None)
-    if plan is None and any((root / "receipts").glob("*.json")):
-        raise DamagedError(
-            f"{root} holds shards, but plan.json and its copy are both damaged or gone, so nothing tells of what; "
-            "delete the folder and give the command again"
-        )
-    return plan
 
 
 class ShardWriter:
@@ -243,46 +149,3 @@ def describe_shard(
         record_crc32c=checksums.tobytes().hex(),
         bad_images=tuple(BadImage(key=key, reason=reason) for key, reason in sorted(bad.items())),
     )
-
-
-def sweep(root: Path, plan: StorePlan) -> None:
-    """Remove what interrupted writers left, and receipts whose files are gone. Only while holding the store's lock."""
-    remove_tree(root / "attempts")
-    committed = committed_shards(root, plan)
-    for index in range(plan.num_shards):
-        if index not in committed:
-            receipt_path(root, index).unlink(missing_ok=True)
-    if len(committed) < plan.num_shards:
-        (root / "manifest.json").unlink(missing_ok=True)
-    for pattern in (".*.partial", "*/.*.partial"):
-        for private in root.glob(pattern):
-            private.unlink(missing_ok=True)
-
-
-def finish_store(root: Path) -> StoreManifest:
-    """Write the manifest: from now on the folder is a store.
-
-    Raises:
-        DamagedError: shards are missing, or the metadata is not what `create_store` wrote.
-    """
-    plan = load_plan(root)
-    shards = committed_shards(root, plan)
-    missing = [index for index in range(plan.num_shards) if index not in shards]
-    if missing:
-        raise DamagedError(f"{len(missing)} of {plan.num_shards} shards of {root} are missing, first {missing[0]}")
-    ImageList.from_file(root / IMAGES_FILE, (root / IMAGES_FILE).read_bytes())
-    described = LAYOUTS[plan.backend].metadata(plan)
-    for name, data in described.items():  # once the manifest holds their digests, nothing would notice
-        if (root / name).read_bytes() != data:
-            raise DamagedError(f"{root / name} has changed since the store was begun; give the command again")
-    names = [IMAGES_FILE, "plan.json", *described]
-    manifest = StoreManifest(
-        plan=plan,
-        metadata=tuple(FileEntry.describe(name, [(root / name).read_bytes()]) for name in sorted(names)),
-        receipts=tuple(digest_bytes((root / receipt_name(index)).read_bytes()) for index in range(plan.num_shards)),
-        num_records=sum(entry.num_records for entry in shards.values()),
-        num_bytes=sum(entry.num_bytes for entry in shards.values()),
-        bad_images=tuple(bad for index in range(plan.num_shards) for bad in shards[index].bad_images),
-    )
-    write_file(root / "manifest.json", manifest.to_file())
-    return manifest

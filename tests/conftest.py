@@ -21,12 +21,13 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from storage.fingerprint import digest_bytes
+from storage.folder import create_store, finish_store
 from storage.image_index import ImageIndex, ImageList, build_index, save_index
 from storage.jpeg import ViewCodec, encode_view
 from storage.memory import MemoryStore
 from storage.records import BadImage, FeatureRecord, FeatureSpec, ImageKey, StoredViews, StorePlan
 from storage.views import CentreCrop, RandomResizedCrop, Renderer
-from storage.writer import ShardWriter, create_store, finish_store
+from storage.writer import ShardWriter
 
 settings.register_profile("decant", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines are busy
 settings.load_profile("decant")

@@ -13,10 +13,11 @@ from extract.run import run
 from extract.teachers import find_teacher
 from extract.worker import Worker
 from storage.errors import ConfigError, DecantError, InputError
+from storage.folder import load_plan
 from storage.image_index import load_index
 from storage.reader import open_store
+from storage.receipts import committed_shards
 from storage.records import ImageKey
-from storage.writer import committed_shards, load_plan
 
 CFG = ExtractConfig(
     teacher="toy", views=2, records_per_shard=6, run=ExecutionConfig(executor="inline", batch_size=4, device="cpu")

@@ -14,10 +14,11 @@ from extract.cluster import run_jobs
 from extract.config import ExecutionConfig, ExtractConfig
 from extract.run import run
 from storage.errors import QuarantineError
+from storage.folder import load_plan
+from storage.receipts import committed_shards
 from storage.records import ShardEntry
 from storage.stage import Interrupted, SilentProgress, StopRequest
 from storage.verify import iter_damage
-from storage.writer import committed_shards, load_plan
 
 CFG = ExtractConfig(
     teacher="toy", views=2, records_per_shard=6, run=ExecutionConfig(executor="inline", batch_size=4, device="cpu")

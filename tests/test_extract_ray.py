@@ -10,7 +10,8 @@ import pytest
 
 from extract.config import ExecutionConfig, ExtractConfig
 from extract.run import run
-from storage.writer import committed_shards, load_plan
+from storage.folder import load_plan
+from storage.receipts import committed_shards
 
 SCRIPT = """
 import json, os, signal, sys

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from storage.encodings import BitRound, Encoding, Zstd
 from storage.errors import DamagedError
+from storage.folder import finish_store
 from storage.reader import open_store
-from storage.writer import ShardWriter, finish_store
+from storage.writer import ShardWriter
 
 COMPRESSED = pytest.mark.parametrize("encoding", [Zstd(), BitRound()], ids=repr)
 

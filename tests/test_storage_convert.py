@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 import storage.convert
+import storage.folder
 from storage.convert import convert_store, plan_conversion
 from storage.encodings import BitRound, Encoding, Fp16, Int8, Zstd
 from storage.errors import ConfigError, DamagedError, DecantError
+from storage.folder import create_store, finish_store
 from storage.image_list import ImageList
 from storage.jpeg import ViewCodec, decode_view
 from storage.reader import open_store
@@ -22,7 +24,7 @@ from storage.store import FeatureReader
 from storage.token_subset import TokenSubset
 from storage.verify import iter_damage
 from storage.views import CentreCrop, Renderer
-from storage.writer import ShardWriter, create_store, finish_store
+from storage.writer import ShardWriter
 
 INT8 = Int8(channel_scale=(1.0, 0.5, 2.0, 1.0, 0.25, 1.0, 1.5, 1.0))
 SUBSET = TokenSubset(fraction=0.4, seed=3)
@@ -280,9 +282,9 @@ def test_a_killed_conversion_goes_on(
     plan = plan_conversion(source, backend=backend, encoding=Zstd())
     there = tmp_path / "there"
     create_store(there, plan, source.images)  # the child must not wait for zarr's thread, which is not forked with it
-    layout = storage.writer.LAYOUTS[backend]
+    layout = storage.folder.LAYOUTS[backend]
     metadata = layout.metadata(plan)
-    monkeypatch.setitem(storage.writer.LAYOUTS, backend, layout._replace(metadata=lambda plan: dict(metadata)))
+    monkeypatch.setitem(storage.folder.LAYOUTS, backend, layout._replace(metadata=lambda plan: dict(metadata)))
 
     def work() -> None:
         commit = ShardWriter.commit

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from storage.errors import DiskError, InputError
+from storage.folder import create_store, finish_store, sweep
 from storage.image_index import ImageList
 from storage.layouts import LAYOUTS
 from storage.lock import hold_lock
@@ -22,7 +23,6 @@ from storage.reader import open_store
 from storage.receipts import committed_shards
 from storage.records import StorePlan
 from storage.verify import iter_damage
-from storage.writer import create_store, finish_store, sweep
 
 LEAST_STEPS = {"zarr": 100, "wds": 50}
 """That a store of two shards takes: more files for Zarr."""

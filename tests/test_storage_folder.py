@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-import storage.writer
 from storage.errors import ConfigError, DamagedError, DiskError, InputError
+from storage.folder import create_store, finish_store, load_plan, sweep
+from storage.receipts import committed_shards
 from storage.records import FORMAT_VERSION
-from storage.writer import committed_shards, create_store, finish_store, load_plan, sweep
 
 
 @pytest.fixture
@@ -69,7 +69,15 @@ def test_a_store_is_made_around_what_lies_in_its_folder(tmp_path: Path, image_li
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("{}"), lambda path: path.write_text("")])
-@pytest.mark.parametrize("name", storage.writer.METADATA_FILES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plan.json",
+        "images.bin",
+        "zarr.json",
+        *(f"{array}/zarr.json" for array in ("tokens", "token_mean", "token_std", "views")),
+    ],
+)
 def test_lost_metadata_is_written_again(make_store: Any, tree_bytes: Any, damage: Any, name: str) -> None:
     root, plan, images = make_store()
     before = tree_bytes(root)
@@ -96,7 +104,7 @@ def test_shards_of_an_unknown_plan_are_not_touched(make_store: Any, store_plan: 
 def test_a_plan_of_a_newer_program_is_refused(begin_store: Any) -> None:
     root, plan, images = begin_store()
     (root / "plan.json").write_bytes(plan.model_copy(update={"format_version": FORMAT_VERSION + 1}).to_file())
-    with pytest.raises(InputError, match=rf"plan\.json has store format 2, .* up to {FORMAT_VERSION}; update it"):
+    with pytest.raises(InputError, match=rf"format {FORMAT_VERSION + 1}, .* up to {FORMAT_VERSION}; update it"):
         create_store(root, plan, images)
 
 

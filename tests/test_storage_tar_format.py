@@ -18,12 +18,13 @@ from storage import tar_format
 from storage.encodings import BitRound, Fp16, Int8, Zstd
 from storage.files import LocalFiles
 from storage.fingerprint import crc32c
+from storage.folder import create_store, finish_store
 from storage.image_list import ImageList
 from storage.reader import open_store
 from storage.records import StorePlan
 from storage.shards import VIEW_FIELDS
 from storage.token_subset import TokenSubset
-from storage.writer import ShardWriter, create_store, finish_store
+from storage.writer import ShardWriter
 
 INT8 = Int8(channel_scale=(0.5, 1, 1, 2, 1, 1, 0.25, 1))
 KINDS: list[dict[str, Any]] = [

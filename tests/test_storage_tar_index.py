@@ -13,10 +13,10 @@ from storage import tar_format
 from storage.encodings import Int8, Zstd
 from storage.errors import DamagedError
 from storage.files import LocalFiles
+from storage.folder import finish_store
 from storage.reader import open_store
 from storage.receipts import parse_receipt, receipt_name
 from storage.records import FileEntry
-from storage.writer import finish_store
 
 INT8 = Int8(channel_scale=(1.0,) * 8)
 BEFORE_THE_END = 10**9

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 import storage.writer
 from storage.atomic import create_file
 from storage.errors import ConfigError, DamagedError
+from storage.folder import create_store, finish_store, needed_bytes
 from storage.image_index import ImageList
 from storage.reader import open_store
 from storage.receipts import committed_shards, read_receipt
 from storage.records import FeatureRecord, ImageKey, StorePlan
 from storage.verify import iter_damage
 from storage.views import View
-from storage.writer import ShardWriter, create_store, finish_store, needed_bytes
+from storage.writer import ShardWriter
 
 
 @pytest.fixture

@@ -18,11 +18,11 @@ from storage.encodings import BitRound, Fp16, Int8, Zstd
 from storage.errors import DamagedError
 from storage.files import LocalFiles
 from storage.fingerprint import crc32c
+from storage.folder import create_store, finish_store
 from storage.reader import open_store
 from storage.receipts import parse_receipt, receipt_name
 from storage.records import FileEntry, ShardEntry, StoreManifest, StorePlan
 from storage.token_subset import TokenSubset
-from storage.writer import create_store, finish_store
 from storage.zarr_metadata import MEANINGS, small_arrays
 
 SHAPES: list[tuple[int, tuple[int, ...], dict[str, Any]]] = [

@@ -16,11 +16,11 @@ from storage.encodings import Zstd
 from storage.errors import DamagedError
 from storage.files import LocalFiles
 from storage.fingerprint import crc32c, crc32c_bytes
+from storage.folder import finish_store
 from storage.reader import open_store
 from storage.receipts import parse_receipt, receipt_name
 from storage.records import FileEntry, StorePlan
 from storage.shards import PackedRecord, ShardContent
-from storage.writer import finish_store
 
 
 def slow_crc32c(data: bytes) -> int:

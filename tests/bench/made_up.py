@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.folder import create_store, finish_store
 from storage.image_index import ImageList
 from storage.records import FeatureRecord, FeatureSpec, ImageKey, StorePlan
 from storage.views import CentreCrop, Renderer, View
-from storage.writer import ShardWriter, create_store, finish_store
+from storage.writer import ShardWriter
 
 VIT_B = FeatureSpec(teacher="made-up", num_prefix_tokens=1, grid_hw=(14, 14), channels=768)
 RECORD_BYTES = VIT_B.record_bytes

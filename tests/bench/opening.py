@@ -1,5 +1,6 @@
 """Opening a store: time, and the memory that parsed indexes take."""
 
+import gc
 import shutil
 import time
 import tracemalloc
@@ -86,6 +87,7 @@ def _memory(what: str, root: Path) -> Row:
     before, _ = tracemalloc.get_traced_memory()
     for first in firsts:
         reader.read_encoded(np.array([first]), out)
+    gc.collect()
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     value = (after - before) / reader.plan.num_records

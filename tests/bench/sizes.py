@@ -7,9 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.encodings import Fp16, Int8, fit_encoding
+from storage.folder import finish_store
 from storage.jpeg import ViewCodec, encode_view
 from storage.records import StoredViews
-from storage.writer import ShardWriter, finish_store
+from storage.writer import ShardWriter
 from tests.bench.made_up import (
     RECORD_BYTES,
     SHARD_RECORDS,

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.folder import create_store, finish_store
 from storage.image_list import ImageList
 from storage.records import FeatureRecord, FeatureSpec, ImageKey, StorePlan
 from storage.views import View
-from storage.writer import ShardWriter, create_store, finish_store
+from storage.writer import ShardWriter
 
 FOLDER = Path(__file__).resolve().parent
 KEYS = ("a/0.jpg", "a/dots.and/../ünï.png", "b/2.jpg")
