@@ -1,37 +1,15 @@
-"""Odd, damaged and hostile images: every kind gives RGB or one reason, and never much memory."""
+"""Odd and damaged images: every kind gives RGB or one reason."""
 
-import io
 import re
-import subprocess
-import sys
-import tracemalloc
-from pathlib import Path
-from typing import Any
 
-import matplotlib
 import numpy as np
 import pytest
-import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from storage.decode import MAX_IMAGE_PIXELS, decode_image
+from storage.decode import decode_image
 from storage.errors import BadImageError
-
-ROOT = Path(__file__).resolve().parent.parent
-HEIGHT, WIDTH = 24, 40
-
-
-def pixels() -> NDArray[np.uint8]:
-    """Blocks of 8 x 8, which JPEG keeps nearly exact."""
-    small = np.random.default_rng(0).integers(0, 256, (HEIGHT // 8, WIDTH // 8, 3))
-    return small.repeat(8, 0).repeat(8, 1).astype(np.uint8)
-
-
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
+from tests.fixtures.pictures import HEIGHT, RGB, WIDTH, encoded, pixels
 
 
 def decoded(data: bytes) -> NDArray[np.uint8]:
@@ -43,9 +21,6 @@ def decoded(data: bytes) -> NDArray[np.uint8]:
 
 def is_picture(image: NDArray[np.uint8]) -> bool:
     return image.dtype == np.uint8 and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3))
-
-
-RGB = Image.fromarray(pixels())
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "PPM", "TIFF", "GIF", "WEBP"])
@@ -115,6 +90,7 @@ def test_thin_images_are_images(image_hw: tuple[int, int]) -> None:
 
 # What is refused
 
+
 NOT_IMAGES = {
     "empty": (b"", "not an image of a known kind"),
     "page": (b"<!DOCTYPE html><html>404 not found</html>", "not an image of a known kind"),
@@ -155,175 +131,3 @@ def test_damage_gives_an_image_or_a_short_reason() -> None:
             except BadImageError as error:
                 reason = str(error)
                 assert "\n" not in reason and not re.search(r"0x[0-9a-f]{4}", reason) and len(reason) < 200, reason
-
-
-PEAK = """
-def peak_kb():  # since this program began; `getrusage` gives that of the program that started it, if that was larger
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-"""
-BOMB = """
-import io, sys, warnings
-from PIL import Image
-from storage.decode import decode_image
-from storage.errors import BadImageError
-
-def refused(side):
-    file = io.BytesIO()
-    Image.new("1", (side, side)).save(file, "PNG")
-    assert len(file.getvalue()) < 40_000
-    before = peak_kb()
-    try:
-        decode_image(file.getvalue())
-    except BadImageError as error:
-        print(side, peak_kb() - before, error)
-
-refused(14_000)
-refused(11_000)
-file = io.BytesIO()
-Image.new("P", (9, 9)).save(file, "PNG", transparency=bytes(9))
-decode_image(file.getvalue())
-warnings.warn("others still warn", stacklevel=1)
-"""
-
-
-def test_bombs_are_refused_from_their_header_and_pillows_warnings_are_not_shown() -> None:
-    child = subprocess.run([sys.executable, "-c", PEAK + BOMB], cwd=ROOT, capture_output=True, text=True, check=True)
-    lines = child.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["14000", "11000"]
-    assert all(int(line.split()[1]) < 20_000 for line in lines), lines  # in kB; the pixels would be 363,000 and more
-    assert f"limit of {MAX_IMAGE_PIXELS:,}" in lines[1]
-    assert "others still warn" in child.stderr and child.stderr.count("Warning") == 1
-
-
-# JPEGs, which do not go through Pillow
-
-
-def photograph(height: int, width: int) -> Image.Image:
-    return Image.open(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg").resize((width, height))
-
-
-PLAIN_JPEGS: dict[str, dict[str, Any]] = {
-    "4:4:4": {"subsampling": 0},
-    "4:2:2": {"subsampling": 1},
-    "4:2:0": {"subsampling": 2},
-    "progressive": {"progressive": True},
-    "progressive 4:4:4": {"progressive": True, "subsampling": 0},
-    "low quality": {"quality": 20},
-    "restart markers": {"restart_marker_rows": 1},
-    "RGB inside": {"keep_rgb": True},
-}
-
-
-@pytest.mark.parametrize("image_hw", [(375, 500), (333, 251), (17, 1), (1, 1)])
-@pytest.mark.parametrize("kind", PLAIN_JPEGS)
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_jpegs_have_pillows_pixels(mode: str, kind: str, image_hw: tuple[int, int]) -> None:
-    data = encoded(photograph(*image_hw).convert(mode), "JPEG", **{"quality": 94, **PLAIN_JPEGS[kind]})
-    expected = np.asarray(Image.open(io.BytesIO(data)))
-    found = decode_image(data)
-    assert found.flags.c_contiguous
-    np.testing.assert_array_equal(found, expected)
-
-
-@pytest.mark.parametrize("subsampling", ["440", "411"])
-def test_rare_ratios_of_colours_have_pillows_pixels_too(subsampling: str) -> None:
-    data = simplejpeg.encode_jpeg(np.asarray(photograph(99, 101)).copy(), colorsubsampling=subsampling)
-    np.testing.assert_array_equal(decode_image(data), np.asarray(Image.open(io.BytesIO(data))))
-
-
-def test_most_jpegs_never_meet_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "open", None)
-    for image in (RGB, RGB.convert("L")):
-        decode_image(encoded(image, "JPEG"))
-
-
-def test_a_jpeg_that_only_pillow_takes_is_decoded_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stray bytes before a marker are common in old files and mean nothing."""
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
-    data = encoded(Image.fromarray(noise), "JPEG", restart_marker_rows=1)
-    first = data.index(b"\xff\xd0")
-    odd = data[:first] + b"\0" * 40 + data[first:]
-    with pytest.raises(ValueError, match="extraneous bytes before marker"):
-        simplejpeg.decode_jpeg(odd)
-    np.testing.assert_array_equal(decode_image(odd), np.asarray(Image.open(io.BytesIO(odd))))
-
-
-def test_a_jpeg_with_missing_parts_is_refused_although_pillow_would_fill_them_with_grey() -> None:
-    data = encoded(photograph(96, 128), "JPEG")
-    with pytest.raises(BadImageError, match=r"truncated or damaged: .*premature end of data segment"):
-        decode_image(data[: len(data) // 2] + b"\xff\xd9")
-
-
-@pytest.mark.parametrize("progressive", [False, True])
-def test_no_cut_jpeg_is_taken_for_a_whole_one(progressive: bool) -> None:
-    data = encoded(photograph(40, 56), "JPEG", progressive=progressive)
-    for length in range(len(data)):
-        with pytest.raises(BadImageError):
-            decode_image(data[:length])
-
-
-def test_bytes_after_the_end_do_not_matter() -> None:
-    data = encoded(RGB, "JPEG")
-    np.testing.assert_array_equal(decode_image(data + b"camera's own data" * 99), decode_image(data))
-
-
-MEASURE = """
-import io, sys
-from PIL import Image
-from storage.decode import decode_image
-
-for kind in ("JPEG", "PNG"):
-    small = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(small, kind)
-    decode_image(small.getvalue())
-data = sys.stdin.buffer.read()
-before = peak_kb()
-pixels = decode_image(data)
-print((peak_kb() - before) * 1024 / pixels.nbytes)
-"""
-LARGE: dict[str, tuple[str, str, dict[str, Any], float]] = {
-    "JPEG": ("RGB", "JPEG", {}, 1.1),
-    "grey JPEG": ("L", "JPEG", {}, 1.1),
-    "progressive JPEG": ("RGB", "JPEG", {"progressive": True}, 2.2),  # keeps two bytes a coefficient
-    "PNG": ("RGB", "PNG", {"compress_level": 1}, 3.6),  # Pillow keeps four bytes a pixel, and copies twice
-    "PNG with alpha": ("RGBA", "PNG", {"compress_level": 1}, 3.6),
-    "palette": ("P", "PNG", {"compress_level": 1}, 3.6),
-    "16-bit PNG": ("I;16", "PNG", {"compress_level": 1}, 6.3),
-    "1-bit PNG": ("1", "PNG", {}, 3.3),
-}
-
-
-@pytest.mark.parametrize("name", LARGE)
-def test_a_large_image_takes_a_small_multiple_of_its_pixels(name: str) -> None:
-    mode, kind, options, multiple = LARGE[name]
-    data = encoded(Image.new(mode, (4000, 3000)), kind, **options)
-    child = subprocess.run(
-        [sys.executable, "-c", PEAK + MEASURE], cwd=ROOT, input=data, capture_output=True, check=True
-    )
-    assert float(child.stdout) < multiple
-
-
-@pytest.mark.parametrize("change_px", [0, 1])
-def test_the_limit_holds_for_jpegs_before_any_memory_is_taken(change_px: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("storage.decode.MAX_IMAGE_PIXELS", HEIGHT * WIDTH - change_px)
-    for image in (RGB, RGB.convert("L"), RGB.convert("CMYK")):
-        if change_px:
-            monkeypatch.setattr(simplejpeg, "decode_jpeg", None)
-            with pytest.raises(BadImageError, match="40 x 24 pixels, more than the limit of 959"):
-                decode_image(encoded(image, "JPEG"))
-        else:
-            decode_image(encoded(image, "JPEG"))
-
-
-def test_a_small_jpeg_that_claims_a_gigabyte_is_refused_from_its_header() -> None:
-    data = bytearray(encoded(RGB, "JPEG"))
-    start = data.index(b"\xff\xc0") + 5
-    data[start : start + 4] = (20_000).to_bytes(2, "big") * 2
-    tracemalloc.start()
-    try:
-        with pytest.raises(BadImageError, match="20000 x 20000 pixels, more than the limit"):
-            decode_image(bytes(data))
-        assert tracemalloc.get_traced_memory()[1] < 1_000_000
-    finally:
-        tracemalloc.stop()
