@@ -18,7 +18,9 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("decant", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines are busy
 settings.load_profile("decant")
 
-pytest_plugins = ["tests.fixtures.images", "tests.fixtures.stores", "tests.fixtures.runs", "tests.fixtures.tars"]
+pytest_plugins = [
+    f"tests.fixtures.{name}" for name in ("images", "stores", "runs", "tars", "any_store", "folder_server")
+]
 
 
 @pytest.fixture

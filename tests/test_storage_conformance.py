@@ -3,121 +3,23 @@
 The truth is what was made up for each record; the store in memory is the slower way to it.
 """
 
-import multiprocessing
-import os
-import pickle
-import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.encodings import BitRound, Encoding, Fp16, Int8, Zstd
 from storage.errors import DamagedError, InputError
 from storage.jpeg import decode_view
-from storage.reader import open_store
-from storage.records import FeatureRecord, StorePlan
-from storage.store import FeatureReader
-from storage.token_subset import TokenSubset
-
-BACKENDS = ("zarr", "wds", "memory")
-ENCODINGS: dict[str, Encoding] = {
-    "fp16": Fp16(),
-    "int8": Int8(channel_scale=(1.0, 0.5, 2.0, 1.0, 0.25, 1.0, 1.5, 1.0)),
-    "bit_round": BitRound(keep_bits=6),
-    "zstd": Zstd(level=1),
-}
-SUBSET = TokenSubset(fraction=0.4, seed=3)
-BAD = (1, 6)
-"""Images that are holes, in the first shard and in the shorter last one."""
-
-
-class Made(NamedTuple):
-    """A store of 8 images x 2 views in shards of 3 images, and what was put into it."""
-
-    reader: FeatureReader
-    truth: dict[int, FeatureRecord]
-    """By record number; holes are left out."""
-    open: Callable[..., FeatureReader]
-
-    @property
-    def plan(self) -> StorePlan:
-        return self.reader.plan
-
-    def tokens(self, records: Iterable[int]) -> Any:
-        """What must be read: the made-up tokens, encoded and decoded."""
-        found = np.empty((len(list(records)), *self.plan.shape_TC), np.float16)
-        for row, record in enumerate(records):
-            self.plan.encoding.decode(self.plan.encoding.encode(self.truth[record].tokens_TC), found[row])
-        return found
-
-    def read(self, records: Iterable[int]) -> Any:
-        records_B = np.array(list(records), np.int64)
-        out_BTC = np.full((len(records_B), *self.plan.shape_TC), 7, np.float16)
-        self.reader.read_batch(records_B, out_BTC)
-        return out_BTC
+from tests.fixtures.any_store import BACKENDS, BAD, ENCODINGS, SUBSET, Made, assert_equal
 
 
 @pytest.fixture
 def tmp_path(in_memory: Path) -> Path:
     return in_memory
-
-
-@pytest.fixture
-def make(
-    tmp_path: Path, make_store: Any, make_memory_store: Any, made_up_record: Callable[..., FeatureRecord]
-) -> Callable[..., Made]:
-    def build(backend: str, *, num_images: int = 8, bad: tuple[int, ...] = BAD, **changes: Any) -> Made:
-        shape = {"num_images": num_images, "bad": bad, **changes}
-        if backend == "memory":
-            store = make_memory_store(**shape)
-            reader, opened = store, lambda **options: store
-        else:
-            root, _, _ = make_store(f"{backend}{len(list(tmp_path.iterdir()))}", backend=backend, **shape)
-            reader, opened = open_store(root), lambda **options: open_store(root, **options)
-        views = reader.plan.views_per_image
-        truth = {
-            number: made_up_record(reader.plan, reader.images.keys[number // views], number % views)
-            for number in range(reader.plan.num_records)
-            if number // views not in bad
-        }
-        return Made(reader, truth, opened)
-
-    return build
-
-
-@pytest.fixture(
-    params=[
-        pytest.param((backend, encoding, subset, px), id=f"{backend}-{encoding}-{'part' if subset else 'all'}-{px}px")
-        for backend in BACKENDS
-        for encoding in ENCODINGS
-        for subset in (None, SUBSET)
-        for px in (None, 8)
-    ]
-)
-def made(request: pytest.FixtureRequest, make: Callable[..., Made]) -> Made:
-    """A store of every kind."""
-    backend, encoding, subset, px = request.param
-    return make(backend, encoding=ENCODINGS[encoding], token_subset=subset, view_px=px)
-
-
-@pytest.fixture(params=BACKENDS)
-def plain(request: pytest.FixtureRequest, make: Callable[..., Made]) -> Made:
-    """A store of every layout, with views."""
-    return make(request.param, view_px=8)
-
-
-def assert_equal(found: FeatureRecord, expected: FeatureRecord, tokens_TC: Any) -> None:
-    assert (found.key, found.view_index, found.view) == (expected.key, expected.view_index, expected.view)
-    for ours, theirs in ((found.token_mean_T, expected.token_mean_T), (found.token_std_T, expected.token_std_T)):
-        assert ours.dtype == np.float32 and ours.tobytes() == theirs.tobytes()
-    assert found.tokens_TC.dtype == np.float16 and found.tokens_TC.tobytes() == tokens_TC.tobytes()
-    assert found.jpeg == expected.jpeg
 
 
 # ---- what goes in comes out ------------------------------------------------------------------------------------------
@@ -311,97 +213,3 @@ def test_all_stores_give_the_same(make: Callable[..., Made]) -> None:
                 )
 
     check()
-
-
-# ---- threads and processes -------------------------------------------------------------------------------------------
-
-
-def answers(reader: FeatureReader, records: Iterable[int]) -> tuple[bytes, bytes]:
-    """In a process of its own."""
-    records_B = np.array(list(records))
-    out_BTC = np.empty((len(records_B), *reader.plan.shape_TC), np.float16)
-    reader.read_batch(records_B, out_BTC)
-    return out_BTC.tobytes(), reader.token_statistics(records_B)[0].tobytes()
-
-
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_reader_travels_to_other_processes(plain: Made, method: str) -> None:
-    records = list(plain.truth)
-    expected = answers(plain.reader, records)  # so that files are open and indexes parsed
-    with multiprocessing.get_context(method).Pool(1) as pool:
-        assert pool.apply(answers, (plain.reader, records)) == expected
-
-
-def test_a_forked_child_goes_on_with_the_reader_of_its_parent(plain: Made, fork: Any) -> None:
-    expected = answers(plain.reader, plain.truth)
-    children = [fork(lambda: check_answers(plain, expected)) for _ in range(3)]
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
-    assert answers(plain.reader, plain.truth) == expected
-
-
-def check_answers(made: Made, expected: tuple[bytes, bytes]) -> None:
-    for _ in range(20):
-        assert answers(made.reader, made.truth) == expected
-
-
-def test_a_pickled_reader_is_small_and_equal(plain: Made) -> None:
-    data = pickle.dumps(plain.reader)
-    assert answers(pickle.loads(data), plain.truth) == answers(plain.reader, plain.truth)
-    assert plain.plan.backend == "memory" or len(data) < 8192
-
-
-@pytest.mark.timeout(60)
-def test_eight_threads_share_a_reader(plain: Made) -> None:
-    numbers = list(plain.truth)
-    for _ in range(3):
-        reader, start = plain.open(), threading.Barrier(8)
-        shared = plain._replace(reader=reader)
-
-        def work(seed: int, shared: Made = shared, start: threading.Barrier = start) -> None:
-            generator = np.random.default_rng(seed)
-            start.wait()
-            for _ in range(20):
-                records = generator.choice(numbers, 9).tolist()
-                np.testing.assert_array_equal(shared.read(records), plain.tokens(records))
-                assert shared.reader.read_jpegs(np.array(records)) == [plain.truth[n].jpeg for n in records]
-                assert shared.reader.views(np.array(records)) == [plain.truth[n].view for n in records]
-
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(work, range(8)))
-
-
-def test_two_readers_at_once(plain: Made) -> None:
-    one, other = plain, plain._replace(reader=plain.open())
-    for number in plain.truth:
-        np.testing.assert_array_equal(one.read([number]), other.read([number]))
-    for record, same in zip(one.reader.iter_shard(0), other.reader.iter_shard(0), strict=True):
-        assert_equal(record, same, same.tokens_TC)
-
-
-# ---- how a store on disk is opened -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", ["zarr", "wds"])
-@pytest.mark.parametrize("check", ["once", "always", "never"])
-def test_checks_change_no_answer(make: Callable[..., Made], backend: str, check: str) -> None:
-    made = make(backend, encoding=ENCODINGS["zstd"])
-    checked = made._replace(reader=made.open(check=check))
-    for _ in range(2):
-        np.testing.assert_array_equal(checked.read(made.truth), made.tokens(made.truth))
-
-
-@pytest.mark.parametrize("backend", ["zarr", "wds"])
-def test_an_unfinished_store_is_opened_when_asked_for(begin_store: Any, fill_shard: Any, backend: str) -> None:
-    root, plan, images = begin_store(backend=backend, view_px=8)
-    for shard in (0, 2):
-        fill_shard(root, plan, images, shard, bad=(images.keys[1],)).commit()
-    with pytest.raises(InputError, match="holds an unfinished store"):
-        open_store(root)
-    reader = open_store(root, allow_unfinished=True)
-    assert reader.usable_images().tolist() == [0, 2, 6, 7] and reader.images == images
-    assert len(list(reader.iter_shard(0))) == len(list(reader.iter_shard(2))) == 4
-    assert reader.manifest.num_records == 8 and not reader.manifest.receipts[1]
-    for read in (reader.views, reader.read_jpegs, reader.token_statistics):
-        with pytest.raises(InputError, match=r"shard 1 of .* is not extracted yet; run `make extract`"):
-            read(np.array([0, 6]))
