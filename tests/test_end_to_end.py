@@ -41,7 +41,7 @@ def write_tars(images: Path, folder: Path, label: Callable[[str], int], *names: 
 
 def unnamed(files: dict[str, object]) -> dict[str, object]:
     """All files but those that tell the names of the classes."""
-    return {name: data for name, data in files.items() if not name.endswith(("images.json", "manifest.json"))}
+    return {name: data for name, data in files.items() if not name.endswith(("images.bin", "manifest.json"))}
 
 
 def test_tars_give_the_store_and_the_student_of_the_folder_they_were_made_from(

@@ -83,7 +83,7 @@ def test_values_that_are_not_text_are_taken_as_they_are() -> None:
         ("distill.epochs.more=3", "distill.epochs is 4 and has no parts"),
         ("data.path.more=3", "data.path is null and has no parts"),
         (".epochs=3", "known there:"),
-        ("distill.=3", "known there: distill.student"),
+        ("distill.=3", "known there: distill.store"),
     ],
 )
 def test_an_unknown_name_offers_the_nearest_at_its_level(text: str, said: str) -> None:

@@ -18,7 +18,7 @@ from storage.atomic import write_json
 from storage.errors import ConfigError, DamagedError
 
 NOTHING: dict[str, Any] = dict.fromkeys(
-    ("preset", "teacher", "weights", "data", "views", "student", "seeds", "executor")
+    ("preset", "teacher", "weights", "data", "views", "layout", "encoding", "store", "student", "seeds", "executor")
 ) | {"assignments": ()}
 Resolve = Callable[..., PipelineConfig]
 
