@@ -15,6 +15,7 @@ from pipeline.presets import load_preset
 from pipeline.stages import STAGES
 from pipeline.workspace import Workspace
 from storage.atomic import write_json
+from storage.encodings import Int8
 from storage.errors import ConfigError, DamagedError
 
 NOTHING: dict[str, Any] = dict.fromkeys(
@@ -100,12 +101,14 @@ def test_a_preset_brings_everything_but_the_data(resolve: Resolve) -> None:
 def test_every_option_is_a_setting(resolve: Resolve) -> None:
     config = resolve(
         preset="smoke", teacher="mae-b", weights=Path("w.pt"), data="2024", views=3, student="vit-s", seeds=4,
-        executor="ray", assignments=("distill.epochs=11", "extract.views=6"),
+        executor="ray", layout="wds", encoding="int8", store="s3://b/x",
+        assignments=("distill.epochs=11", "extract.views=6"),
     )  # fmt: skip
     assert (config.extract.teacher, config.extract.weights, config.data.path) == ("mae-b", Path("w.pt"), "2024")
     assert (config.distill.student, config.finetune.seeds) == (STUDENTS["vit-s"], (0, 1, 2, 3))
     assert (config.extract.run.executor, config.distill.epochs) == ("ray", 11)
     assert config.extract.views == 6, "--set comes last"
+    assert (config.extract.layout, config.extract.encoding, config.distill.store) == ("wds", Int8(), "s3://b/x")
 
 
 @pytest.mark.parametrize(
@@ -114,6 +117,7 @@ def test_every_option_is_a_setting(resolve: Resolve) -> None:
         ({"teacher": "dino"}, "unknown teacher 'dino'; did you mean 'dino-s' or 'dino-b'"),
         ({"student": "vit-x"}, "unknown student 'vit-x'; did you mean 'vit-"),
         ({"preset": "demmo"}, "unknown preset 'demmo'; did you mean 'demo'"),
+        ({"encoding": "int4"}, "unknown encoding 'int4'; did you mean 'int8'?"),
         ({"seeds": 0}, "finetune.seeds: Tuple should have at least 1 item"),
         ({"views": 0}, "extract.views: Input should be greater than or equal to 1, found 0"),
         ({"assignments": ("distill.epochs",)}, "is not of the form name=value"),
