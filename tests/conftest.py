@@ -19,7 +19,8 @@ settings.register_profile("decant", deadline=None, suppress_health_check=[Health
 settings.load_profile("decant")
 
 pytest_plugins = [
-    f"tests.fixtures.{name}" for name in ("images", "stores", "runs", "tars", "any_store", "folder_server")
+    f"tests.fixtures.{name}"
+    for name in ("images", "stores", "runs", "tars", "any_store", "whole_store", "folder_server", "object_server")
 ]
 
 

@@ -1,8 +1,7 @@
 """A store goes to a bucket and a student comes from there, on a machine that has neither the store nor the images."""
 
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +14,9 @@ Decant = Callable[..., Any]
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A bucket on an object-store server of this machine."""
-    import s3fs
-    from moto.server import ThreadedMotoServer
-
-    for name in [name for name in os.environ if name.startswith("AWS_") or name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "made-up", "AWS_SECRET_ACCESS_KEY": "made-up",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    name = f"stores-{port}"  # what a stopped server held is still there when the next one starts in this process
-    s3fs.S3FileSystem(skip_instance_cache=True).makedirs(name, exist_ok=True)
-    yield f"s3://{name}/toy"
-    server.stop()
+def bucket(bucket: str) -> str:
+    """Where a store may go, on an object-store server of this machine."""
+    return f"s3://{bucket}/toy"
 
 
 def test_a_store_travels_by_bucket(decant: Decant, copy_run: tuple[Path, Path], tmp_path: Path, bucket: str) -> None:
