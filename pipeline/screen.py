@@ -12,6 +12,7 @@ from pipeline.tables import Row, findings, result_rows
 from pipeline.workspace import Workspace, read_result, read_state
 from storage.atomic import nearest_existing
 from storage.fingerprint import short
+from storage.folder import needed_record_bytes
 from storage.stage import StageResult
 
 console = Console(highlight=False, markup=False, emoji=False)
@@ -39,11 +40,15 @@ def show_plan(plan: Plan, stages: tuple[str, ...]) -> None:
 
 def _store_size(plan: Plan, images: int) -> str:
     cfg = plan.config.extract
-    features = find_teacher(cfg.teacher).feature_spec(cfg.input_px)
-    needed = images * cfg.views * features.record_bytes
+    spec = find_teacher(cfg.teacher)
+    px = cfg.input_px or spec.input_px
+    each = needed_record_bytes(
+        spec.feature_spec(px), cfg.layout, cfg.encoding, cfg.token_subset, px if cfg.keeps_views else None
+    )
+    needed = images * cfg.views * each
     free = shutil.disk_usage(nearest_existing(plan.workspace.root)).free
-    needs = f"{images:,} images x {cfg.views} views x {features.record_bytes / 1e3:,.0f} kB = {needed / 1e9:,.2f} GB"
-    return f"store: {needs}; {free / 1e9:,.0f} GB are free"
+    needs = f"{images:,} images x {cfg.views} views x {each / 1e3:,.0f} kB = {needed / 1e9:,.2f} GB"
+    return f"store ({cfg.layout}, {cfg.encoding.kind}): {needs}; {free / 1e9:,.0f} GB are free"
 
 
 def show_results(plan: Plan, results: dict[str, StageResult]) -> None:

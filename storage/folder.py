@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 from storage.atomic import make_folder, remove_tree, write_file
+from storage.encodings import Encoding
 from storage.errors import ConfigError, DamagedError, DiskError
 from storage.files import LocalFiles
 from storage.fingerprint import digest_bytes
@@ -19,7 +20,8 @@ from storage.image_index import FILE_NAME as IMAGES_FILE
 from storage.image_list import ImageList
 from storage.layouts import LAYOUTS
 from storage.receipts import committed_shards, receipt_name, receipt_path
-from storage.records import FileEntry, StoreManifest, StorePlan, refuse_other
+from storage.records import Backend, FeatureSpec, FileEntry, StoreManifest, StorePlan, refuse_other
+from storage.token_subset import TokenSubset
 
 
 def create_store(root: Path, plan: StorePlan, images: ImageList) -> None:
@@ -55,11 +57,21 @@ def encode_metadata(plan: StorePlan, images: ImageList) -> dict[str, bytes]:
 
 def needed_bytes(plan: StorePlan) -> int:
     """Upper bound of what a store takes on disk, but for its rendered views, of which it is a good guess."""
-    per_token = 8 + (6 if plan.token_subset else 0)
-    members = 3 + ("token_scale" in plan.fields) + (plan.stored_views is not None)
-    framing = 1024 * members + 512 if plan.backend == "wds" else 96  # a tar's headers and the fill of its blocks
-    view = 0.5 * plan.stored_views.px**2 if plan.stored_views else 0
-    return int(plan.num_records * (plan.record_bytes + per_token * plan.num_kept_tokens + framing + view))
+    px = plan.stored_views.px if plan.stored_views else None
+    return plan.num_records * needed_record_bytes(plan.features, plan.backend, plan.encoding, plan.token_subset, px)
+
+
+def needed_record_bytes(
+    features: FeatureSpec, backend: Backend, encoding: Encoding, subset: TokenSubset | None, view_px: int | None
+) -> int:
+    """The same for one record; `view_px` is the side of its rendered view, where that is kept."""
+    tokens = features.num_tokens if subset is None else subset.num_kept(features.num_tokens)
+    fields = encoding.fields((tokens, features.channels))
+    per_token = 8 + (6 if subset else 0)
+    members = 3 + ("token_scale" in fields) + (view_px is not None)
+    framing = 1024 * members + 512 if backend == "wds" else 96  # a tar's headers and the fill of its blocks
+    view = view_px**2 // 2 if view_px else 0
+    return sum(field.num_bytes for field in fields.values()) + per_token * tokens + framing + view
 
 
 def _check_room(root: Path, plan: StorePlan) -> None:
