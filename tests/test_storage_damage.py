@@ -62,7 +62,7 @@ def test_every_damage_to_every_file(whole_store: WholeStore, damage: str) -> Non
 
 
 def test_flipped_bits(whole_store: WholeStore) -> None:
-    @settings(max_examples=100)
+    @settings(max_examples=60)
     @given(
         name=st.sampled_from(sorted(whole_store.tree)),
         place=st.floats(0, 1, exclude_max=True),
@@ -85,7 +85,10 @@ def test_a_flipped_bit_in_every_part_of_the_data(whole_store: WholeStore) -> Non
     """So that no kind of member, header or small array is missed by chance."""
     for name in (*whole_store.files_of(0), *whole_store.files_of(1)):
         whole = whole_store.tree[name]
-        for offset in range(5, len(whole), max(100, len(whole) // 70)):
+        places = (
+            range(130, len(whole), 512) if name.endswith(".tar") else range(5, len(whole), max(64, len(whole) // 25))
+        )
+        for offset in places:  # behind the header of each member's array
             (whole_store.root / name).write_bytes(whole[:offset] + bytes([whole[offset] ^ 16]) + whole[offset + 1 :])
             whole_store.assert_noticed(("changed",))
         whole_store.restore()
