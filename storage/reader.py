@@ -118,7 +118,7 @@ class FileReader(FeatureReader):
         images = ImageList.from_file(path, data)
         committed = [file.digest for file in self.manifest.metadata if file.name == IMAGES_FILE]  # labels included
         if images.fingerprint != self.plan.images_fingerprint or (committed and digest_bytes(data) != committed[0]):
-            raise DamagedError(f"{path} is not the image list of this store; {REMEDY}")
+            raise DamagedError(f"{path} is not the image list of this store (manifest.json names another); {REMEDY}")
         return images
 
     def read_encoded(self, records_B: NDArray[np.int64], out: Mapping[str, NDArray[Any]]) -> None:
