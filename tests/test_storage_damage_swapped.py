@@ -12,7 +12,8 @@ from storage.layouts import LAYOUTS
 from storage.reader import open_store
 from storage.records import ShardEntry
 from storage.verify import discard_shard
-from tests.fixtures.whole_store import BAD, WholeStore, everything
+from tests.fixtures.stores import everything
+from tests.fixtures.whole_store import BAD, WholeStore
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_files_of_another_store_of_the_same_plan(whole_store: WholeStore, fill_s
     whole_store.assert_mended(problems)
     shutil.copy(other / "manifest.json", whole_store.root)
     with pytest.raises(DecantError, match=r"receipts/00000\.json is not the committed receipt"):
-        everything(whole_store.root)
+        everything(open_store(whole_store.root))
     assert {problem.shard for problem in whole_store.problems()} == {0, 1}
 
 
@@ -122,7 +123,7 @@ def test_a_copy_of_a_shard_under_a_new_number_is_not_looked_at(whole_store: Whol
         second = whole_store.root / name.replace("/c/1", "/c/2").replace("00001", "00002")
         second.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(whole_store.root / name, second)
-    assert everything(whole_store.root) == whole_store.truth and not whole_store.problems()
+    assert everything(open_store(whole_store.root)) == whole_store.truth and not whole_store.problems()
     whole_store.extract()
     assert not whole_store.changed()
 

@@ -12,7 +12,8 @@ from storage.layouts import LAYOUTS
 from storage.reader import open_store
 from storage.records import FORMAT_VERSION
 from storage.verify import STORE, Damage, check_structure, discard_shard, iter_damage, iter_data_damage, sample_shards
-from tests.fixtures.whole_store import WholeStore, everything, flip
+from tests.fixtures.stores import everything
+from tests.fixtures.whole_store import WholeStore, flip
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def test_several_damages_at_once_are_all_listed_and_mended(whole_store: WholeSto
     for index in found:
         discard_shard(whole_store.root, index)
     whole_store.extract()
-    assert everything(whole_store.root) == whole_store.truth
+    assert everything(open_store(whole_store.root)) == whole_store.truth
 
 
 def test_an_unfinished_store_and_no_store(whole_store: WholeStore, tmp_path: Path) -> None:
