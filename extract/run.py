@@ -61,7 +61,7 @@ def run(
         make_worker = functools.partial(Worker, cfg, inputs["data"], out_dir)
         failed: list[FailedJob] = []
         for outcome in run_jobs(
-            pending, make_worker, cfg.run, find_committed=functools.partial(read_receipt, out_dir), stop=stop
+            pending, make_worker, cfg.run, find_committed=functools.partial(read_receipt, out_dir, plan), stop=stop
         ):
             if isinstance(outcome, FailedJob):
                 failed.append(outcome)

@@ -75,7 +75,7 @@ def _manifest_so_far(files: Files, plan: StorePlan) -> StoreManifest:
         files.read(receipt_name(index)) if Path(receipt_name(index)).name in found else b""
         for index in range(plan.num_shards)
     ]
-    entries = [parse_receipt(files, index, text) for index, text in enumerate(texts) if text]
+    entries = [parse_receipt(files, plan, index, text) for index, text in enumerate(texts) if text]
     return StoreManifest(
         plan=plan,
         metadata=(),
@@ -221,7 +221,7 @@ class FileReader(FeatureReader):
         if digest_bytes(data) != expected:
             found = f"{self.location}/{receipt_name(index)} is not the committed receipt that manifest.json names"
             raise DamagedError(f"{found}; {REMEDY}")
-        entry = parse_receipt(self.files, index, data)
+        entry = parse_receipt(self.files, self.plan, index, data)
         if len(entry.crc32c_R) != self.plan.records_per_shard:
             raise DamagedError(f"{self.location}/{receipt_name(index)} has too few checksums; {REMEDY}")
         return LAYOUTS[self.plan.backend].open_shard(self.plan, entry, self._small_files)

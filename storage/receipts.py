@@ -15,26 +15,28 @@ def receipt_path(root: Path, index: int) -> Path:
     return root / receipt_name(index)
 
 
-def parse_receipt(files: Files, index: int, data: bytes) -> ShardEntry:
+def parse_receipt(files: Files, plan: StorePlan, index: int, data: bytes) -> ShardEntry:
     """A receipt from its bytes.
 
     Raises:
-        DamagedError: it is damaged, or the receipt of another shard.
+        DamagedError: it is damaged, or the receipt of another shard or store.
     """
     path = f"{files.location}/{receipt_name(index)}"
     entry = ShardEntry.from_file(path, data)
     if entry.index != index:
         raise DamagedError(f"{path} is the receipt of shard {entry.index}; {ShardEntry.remedy}")
+    if entry.store != plan.fingerprint:
+        raise DamagedError(f"{path} is the receipt of a shard of another store; {ShardEntry.remedy}")
     return entry
 
 
-def read_receipt(root: Path, index: int) -> ShardEntry | None:
+def read_receipt(root: Path, plan: StorePlan, index: int) -> ShardEntry | None:
     """The receipt of a committed shard; None when there is none, or when it or the size of a file it names is wrong.
 
     Contents are not read here: every record carries a crc32c that reads check, and `iter_damage` checks digests.
     """
     try:
-        entry = parse_receipt(LocalFiles(root), index, receipt_path(root, index).read_bytes())
+        entry = parse_receipt(LocalFiles(root), plan, index, receipt_path(root, index).read_bytes())
         if any((root / f.name).stat().st_size != f.num_bytes for f in entry.files):
             return None
     except (FileNotFoundError, DamagedError):
@@ -44,5 +46,5 @@ def read_receipt(root: Path, index: int) -> ShardEntry | None:
 
 def committed_shards(root: Path, plan: StorePlan) -> dict[int, ShardEntry]:
     """All shards that exist."""
-    receipts = ((index, read_receipt(root, index)) for index in range(plan.num_shards))
+    receipts = ((index, read_receipt(root, plan, index)) for index in range(plan.num_shards))
     return {index: entry for index, entry in receipts if entry is not None}

@@ -6,6 +6,7 @@ H and W pixels, N images, K views an image.
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NewType, Self
 
@@ -103,6 +104,8 @@ class FileEntry(Schema):
 class ShardEntry(Sealed):
     """The receipt of a committed shard. A shard exists if and only if its receipt does and its files match it."""
 
+    store: str
+    """Fingerprint of the store's plan: a shard of another store of the same shape is not taken for one of this."""
     index: int
     num_images: int
     num_records: int
@@ -192,7 +195,7 @@ class StorePlan(Sealed):
     def num_shards(self) -> int:
         return -(-self.num_images // self.images_per_shard)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         return digest_json(self.to_json())
 

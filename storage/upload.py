@@ -17,7 +17,7 @@ from storage.files import REMEDY, LocalFiles
 from storage.fingerprint import digest_file
 from storage.reader import load_manifest
 from storage.receipts import parse_receipt, receipt_name
-from storage.records import FileEntry
+from storage.records import FileEntry, StorePlan
 from storage.remote import RemoteFiles
 from storage.stage import Progress, SilentProgress
 
@@ -43,7 +43,8 @@ def upload_store(root: Path, url: str, progress: Progress | None = None) -> None
     progress.start(manifest.plan.num_shards, "shards")
     pool = ThreadPoolExecutor(SHARDS_AT_A_TIME, "upload")
     try:
-        for sent in pool.map(lambda index: _upload_shard(local, remote, index), range(manifest.plan.num_shards)):
+        plan = manifest.plan
+        for sent in pool.map(lambda index: _upload_shard(local, remote, plan, index), range(plan.num_shards)):
             progress.advance(1, sent=sent)
     finally:
         pool.shutdown(cancel_futures=True)
@@ -64,11 +65,11 @@ def _refuse_other_store(local: LocalFiles, remote: RemoteFiles) -> None:
             )
 
 
-def _upload_shard(local: LocalFiles, remote: RemoteFiles, index: int) -> int:
+def _upload_shard(local: LocalFiles, remote: RemoteFiles, plan: StorePlan, index: int) -> int:
     """Send what is not there of a shard; returns the number of objects sent."""
     name = receipt_name(index)
     receipt = local.read(name)
-    entry = parse_receipt(local, index, receipt)
+    entry = parse_receipt(local, plan, index, receipt)
     found = _read_if_there(remote, name)
     is_same = found == receipt
     if found is not None and not is_same:

@@ -53,7 +53,8 @@ def check_structure(root: Path | str) -> Structure:
     plan, manifest, damage = _check_metadata(files)
     receipts: dict[int, ShardEntry] = {}
     for index in range(plan.num_shards if plan else 0):
-        found = _check_receipt(files, index, manifest)
+        assert plan is not None
+        found = _check_receipt(files, plan, index, manifest)
         if isinstance(found, ShardEntry):
             receipts[index] = found
         else:
@@ -147,7 +148,7 @@ def _reason(files: Files, name: str, error: DamagedError) -> str:
     return f"damaged: {error}" if size else "missing" if size is None else "emptied"
 
 
-def _check_receipt(files: Files, index: int, manifest: StoreManifest | None) -> ShardEntry | Damage:
+def _check_receipt(files: Files, plan: StorePlan, index: int, manifest: StoreManifest | None) -> ShardEntry | Damage:
     name = receipt_name(index)
     if not files.exists(name):
         return Damage(index, name, "missing: not extracted yet, or discarded")
@@ -158,6 +159,8 @@ def _check_receipt(files: Files, index: int, manifest: StoreManifest | None) -> 
         return Damage(index, name, _reason(files, name, error))
     if entry.index != index:
         return Damage(index, name, f"swapped: the receipt of shard {entry.index}")
+    if entry.store != plan.fingerprint:
+        return Damage(index, name, "swapped: the receipt of another store")
     if manifest is not None and manifest.receipts[index] != digest_bytes(data):
         return Damage(index, name, "swapped: not the receipt that the manifest names")
     return entry

@@ -101,7 +101,7 @@ class ShardWriter:
                 for name, pieces in contents.items():
                     write_private(attempt / name.replace("/", "_"), *pieces)
                 entry = described.result()
-            earlier = read_receipt(self.root, self.index)
+            earlier = read_receipt(self.root, self.plan, self.index)
             receipt = receipt_path(self.root, self.index)
             if earlier is None:
                 receipt.unlink(missing_ok=True)  # a damaged one
@@ -142,6 +142,7 @@ def describe_shard(
             checksums[slot] = record.crc32c
             num_records += 1
     return ShardEntry(
+        store=plan.fingerprint,
         index=index,
         num_images=num_images,
         num_records=num_records,

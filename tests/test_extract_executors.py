@@ -26,7 +26,7 @@ Act = Callable[[int, int, Path], None]
 
 
 def entry_of(job: int) -> ShardEntry:
-    return ShardEntry(index=job, num_images=1, num_records=1, files=(), record_crc32c="")
+    return ShardEntry(store="", index=job, num_images=1, num_records=1, files=(), record_crc32c="")
 
 
 class Worker:

@@ -178,7 +178,7 @@ def test_a_stop_ends_between_jobs() -> None:
 
     def work(job: int) -> ShardEntry:
         begun.append(job)
-        return ShardEntry(index=job, num_images=1, num_records=1, files=(), record_crc32c="")
+        return ShardEntry(store="", index=job, num_images=1, num_records=1, files=(), record_crc32c="")
 
     stop, cfg = StopRequest(), ExecutionConfig(executor="inline")
     outcomes = run_jobs(range(5), lambda: work, cfg, find_committed=lambda job: None, stop=stop)

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from storage.errors import ConfigError, DecantError
+from storage.errors import ConfigError, DamagedError, DecantError
 from storage.folder import create_store, finish_store
 from storage.layouts import LAYOUTS
 from storage.reader import open_store
+from storage.receipts import committed_shards
 from storage.records import ShardEntry
-from storage.verify import discard_shard
+from storage.verify import check_structure, discard_shard
 from tests.fixtures.stores import everything
 from tests.fixtures.whole_store import BAD, WholeStore
 
@@ -140,3 +141,26 @@ def test_a_second_writer_that_died_between_its_files(whole_store: WholeStore, fi
         if whole_store.changed():
             whole_store.assert_mended(whole_store.assert_noticed(("changed", "cut short", "too long")))
         whole_store.restore()
+
+
+@pytest.mark.parametrize("backend", ["zarr", "wds"])
+def test_a_shard_of_another_store_is_not_taken_for_one_of_an_unfinished_store(
+    backend: str, begin_store: Any, fill_shard: Any, make_store: Any
+) -> None:
+    """Same images, same shape, other weights; there is no manifest yet that would know better."""
+    other, _, _ = make_store("other", backend=backend, num_images=6, teacher_fingerprint="others")
+    root, plan, images = begin_store("store", backend=backend, num_images=6)
+    fill_shard(root, plan, images, 0).commit()
+    entry = ShardEntry.from_file("", (other / "receipts/00001.json").read_bytes())
+    for name in (*(file.name for file in entry.files), "receipts/00001.json"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(other / name, root / name)
+    assert set(committed_shards(root, plan)) == {0}
+    with pytest.raises(DamagedError, match=r"1 of 2 shards of .* are missing"):
+        finish_store(root)
+    with pytest.raises(DamagedError, match=r"00001\.json is the receipt of a shard of another store"):
+        open_store(root, allow_unfinished=True)
+    assert [d.found for d in check_structure(root).damage if d.shard == 1] == ["swapped: the receipt of another store"]
+    fill_shard(root, plan, images, 1).commit()
+    finish_store(root)
+    assert not check_structure(root).damage

@@ -13,7 +13,7 @@ from storage import tar_format
 from storage.encodings import Int8, Zstd
 from storage.errors import DamagedError
 from storage.files import LocalFiles
-from storage.folder import finish_store
+from storage.folder import finish_store, load_plan
 from storage.reader import open_store
 from storage.receipts import parse_receipt, receipt_name
 from storage.records import FileEntry
@@ -27,7 +27,7 @@ def forge_index(root: Path, data: bytes) -> None:
     """Put an index into shard 0, and make receipt and manifest agree."""
     name, receipt = tar_format.index_name(0), root / receipt_name(0)
     (root / name).write_bytes(data)
-    entry = parse_receipt(LocalFiles(root), 0, receipt.read_bytes())
+    entry = parse_receipt(LocalFiles(root), load_plan(root), 0, receipt.read_bytes())
     files = tuple(FileEntry.describe(name, [data]) if file.name == name else file for file in entry.files)
     receipt.write_bytes(entry.model_copy(update={"files": files}).to_file())
     finish_store(root)
@@ -100,7 +100,7 @@ def test_a_compressed_record_cannot_ask_for_memory(make_store: Callable[..., Any
     with (root / tar_format.tar_name(0)).open("r+b") as tar:
         tar.truncate(2**32)  # sparse
     receipt = root / receipt_name(0)
-    entry = parse_receipt(LocalFiles(root), 0, receipt.read_bytes())
+    entry = parse_receipt(LocalFiles(root), load_plan(root), 0, receipt.read_bytes())
     longer = tuple(
         file.model_copy(update={"num_bytes": 2**32}) if file.name == tar_format.tar_name(0) else file
         for file in entry.files

@@ -160,12 +160,12 @@ def test_two_writers_of_one_shard_at_once(
 
     monkeypatch.setattr(storage.writer, "create_file", lambda path, data: create_late(path, data, seed=0))
     entry = first.commit()
-    assert read_receipt(root, 0) == entry
+    assert read_receipt(root, plan, 0) == entry
     (root / "receipts/00000.json").unlink()
     monkeypatch.setattr(storage.writer, "create_file", lambda path, data: create_late(path, data, seed=1))
     with pytest.raises(DamagedError, match="other bytes"):
         first.commit()
-    assert read_receipt(root, 0) is None
+    assert read_receipt(root, plan, 0) is None
     assert first.commit() == entry and not any(damage for index, damage in iter_damage(root) if index == 0)
 
 
@@ -174,9 +174,9 @@ def test_a_damaged_receipt_is_replaced(begin_store: Any, fill_shard: Any, backen
     root, plan, images = begin_store(backend=backend)
     entry = fill_shard(root, plan, images, 0).commit()
     (root / "receipts/00000.json").write_text("{}")
-    assert read_receipt(root, 0) is None
+    assert read_receipt(root, plan, 0) is None
     fill_shard(root, plan, images, 0).commit()
-    assert read_receipt(root, 0) == entry
+    assert read_receipt(root, plan, 0) == entry
 
 
 def test_a_shard_that_is_not_whole_is_not_committed(begin_store: Any, fill_shard: Any, tree_bytes: Any) -> None:

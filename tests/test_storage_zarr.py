@@ -18,7 +18,7 @@ from storage.encodings import BitRound, Fp16, Int8, Zstd
 from storage.errors import DamagedError
 from storage.files import LocalFiles
 from storage.fingerprint import crc32c
-from storage.folder import create_store, finish_store
+from storage.folder import create_store, finish_store, load_plan
 from storage.reader import open_store
 from storage.receipts import parse_receipt, receipt_name
 from storage.records import FileEntry, ShardEntry, StoreManifest, StorePlan
@@ -134,7 +134,7 @@ def commit_foreign(root: Path, copy: Path, plan: StorePlan) -> None:
     """Receipts and a manifest for shards that zarr wrote; each record's checksum is the one that zarr put behind it."""
     for index in range(plan.num_shards):
         name = receipt_name(index)
-        entry = parse_receipt(LocalFiles(root), index, (root / name).read_bytes())
+        entry = parse_receipt(LocalFiles(root), load_plan(root), index, (root / name).read_bytes())
         files = [file.name for file in entry.files if (copy / file.name).exists()]
         checksums = np.zeros(plan.records_per_shard, "<u4")
         if (copy / f"tokens/c/{index}/0/0").exists():

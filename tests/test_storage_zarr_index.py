@@ -16,7 +16,7 @@ from storage.encodings import Zstd
 from storage.errors import DamagedError
 from storage.files import LocalFiles
 from storage.fingerprint import crc32c, crc32c_bytes
-from storage.folder import finish_store
+from storage.folder import finish_store, load_plan
 from storage.reader import open_store
 from storage.receipts import parse_receipt, receipt_name
 from storage.records import FileEntry, StorePlan
@@ -172,7 +172,7 @@ def forge(root: Path, name: str, data: bytes) -> None:
     """Put a file into shard 0, and make receipt and manifest agree."""
     (root / name).write_bytes(data)
     receipt = root / receipt_name(0)
-    entry = parse_receipt(LocalFiles(root), 0, receipt.read_bytes())
+    entry = parse_receipt(LocalFiles(root), load_plan(root), 0, receipt.read_bytes())
     files = tuple(FileEntry.describe(name, [data]) if file.name == name else file for file in entry.files)
     receipt.write_bytes(entry.model_copy(update={"files": files}).to_file())
     finish_store(root)

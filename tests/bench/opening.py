@@ -43,7 +43,7 @@ def make_many_shards(root: Path) -> None:
     """The manifest of a whole store, of which only the first shard is there: opening looks at no shard."""
     plan, images = begin_store(root, MANY_SHARDS, features=TINY, images_per_shard=1)
     write_shard(root, plan, images, 0, lambda _: tokens_of(0))
-    entry = read_receipt(root, 0)
+    entry = read_receipt(root, plan, 0)
     assert entry is not None
     entries = (entry.model_copy(update={"index": index}) for index in range(MANY_SHARDS))
     manifest = StoreManifest(
