@@ -7,23 +7,12 @@ from typing import Any
 import pytest
 
 from pipeline.stages import STAGES
-from pipeline.workspace import Workspace
+from tests.fixtures.runs import folder_of
+from tests.fixtures.whole_store import flip
 
 Decant = Callable[..., Any]
 Run = tuple[Path, Path]
 Read = Callable[[Path], dict[str, object]]
-
-
-def folder_of(work: Path, stage: str) -> Path:
-    [(folder, _)] = Workspace(work).results(STAGES[stage])
-    return folder
-
-
-def flip(path: Path) -> None:
-    """Change one bit in the middle: the size stays."""
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 def cut(path: Path) -> None:

@@ -10,25 +10,14 @@ import numpy as np
 import pytest
 
 from pipeline.stages import STAGES
-from pipeline.workspace import Workspace
 from storage.lock import hold_lock
 from storage.reader import open_store
+from tests.fixtures.runs import folder_of
+from tests.fixtures.whole_store import flip
 
 Decant = Callable[..., Any]
 Run = tuple[Path, Path]
 Read = Callable[[Path], dict[str, bytes]]
-
-
-def folder_of(work: Path, stage: str) -> Path:
-    [(folder, _)] = Workspace(work).results(STAGES[stage])
-    return folder
-
-
-def flip(path: Path) -> None:
-    """Change one bit in the middle: the size stays."""
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 # ---- verify ----------------------------------------------------------------------------------------------------------

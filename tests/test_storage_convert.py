@@ -24,9 +24,8 @@ from storage.token_subset import TokenSubset
 from storage.verify import iter_damage
 from storage.views import CentreCrop, Renderer
 from storage.writer import ShardWriter
+from tests.fixtures.any_store import INT8, SUBSET
 
-INT8 = Int8(channel_scale=(1.0, 0.5, 2.0, 1.0, 0.25, 1.0, 1.5, 1.0))
-SUBSET = TokenSubset(fraction=0.4, seed=3)
 SHAPE: dict[str, Any] = {"num_images": 8, "bad": (1, 6), "view_px": 8}
 
 

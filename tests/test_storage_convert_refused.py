@@ -10,9 +10,8 @@ from storage.encodings import BitRound, Encoding, Fp16, Int8, Zstd
 from storage.errors import ConfigError, DamagedError
 from storage.reader import open_store
 from storage.token_subset import TokenSubset
+from tests.fixtures.any_store import INT8, SUBSET
 
-INT8 = Int8(channel_scale=(1.0, 0.5, 2.0, 1.0, 0.25, 1.0, 1.5, 1.0))
-SUBSET = TokenSubset(fraction=0.4, seed=3)
 SHAPE: dict[str, Any] = {"num_images": 8, "bad": (1, 6), "view_px": 8}
 
 

@@ -12,14 +12,10 @@ from PIL import Image
 
 from storage.decode import MAX_IMAGE_PIXELS, decode_image
 from storage.errors import BadImageError
+from tests.fixtures.memory import PEAK_KB
 from tests.fixtures.pictures import HEIGHT, RGB, WIDTH, encoded
 
 ROOT = Path(__file__).resolve().parent.parent
-PEAK = """
-def peak_kb():  # since this program began; `getrusage` gives that of the program that started it, if that was larger
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-"""
 BOMB = """
 import io, sys, warnings
 from PIL import Image
@@ -46,7 +42,7 @@ warnings.warn("others still warn", stacklevel=1)
 
 
 def test_bombs_are_refused_from_their_header_and_pillows_warnings_are_not_shown() -> None:
-    child = subprocess.run([sys.executable, "-c", PEAK + BOMB], cwd=ROOT, capture_output=True, text=True, check=True)
+    child = subprocess.run([sys.executable, "-c", PEAK_KB + BOMB], cwd=ROOT, capture_output=True, text=True, check=True)
     lines = child.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["14000", "11000"]
     assert all(int(line.split()[1]) < 20_000 for line in lines), lines  # in kB; the pixels would be 363,000 and more
@@ -85,7 +81,7 @@ def test_a_large_image_takes_a_small_multiple_of_its_pixels(name: str) -> None:
     mode, kind, options, multiple = LARGE[name]
     data = encoded(Image.new(mode, (4000, 3000)), kind, **options)
     child = subprocess.run(
-        [sys.executable, "-c", PEAK + MEASURE], cwd=ROOT, input=data, capture_output=True, check=True
+        [sys.executable, "-c", PEAK_KB + MEASURE], cwd=ROOT, input=data, capture_output=True, check=True
     )
     assert float(child.stdout) < multiple
 

@@ -1,9 +1,7 @@
 """Pieces of files over http: at the same time, neighbours joined, never more bytes than were asked for."""
 
 import re
-import threading
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import storage.remote
 from storage.errors import InputError
 from storage.files import Piece
 from storage.remote import JOIN_GAP_BYTES, RemoteFiles
-from tests.fixtures.folder_server import FolderServer
+from tests.fixtures.folder_server import FolderServer, serving
 
 
 def test_only_what_failed_is_asked_for_again(tmp_path: Path, serve: Any, pauses: list[float]) -> None:
@@ -54,11 +52,8 @@ def long_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Folder
     data = np.random.default_rng(0).bytes(300_000)
     for name in ("a", "b"):
         (folder / name).write_bytes(data if name == "a" else data[::-1])
-    server = FolderServer(folder)
-    threading.Thread(target=partial(server.serve_forever, 0.02), daemon=True).start()
-    yield server, data
-    server.shutdown()
-    server.server_close()
+    with serving(folder) as server:
+        yield server, data
 
 
 pieces = st.lists(

@@ -24,6 +24,7 @@ from torchvision.transforms import functional as tvf
 from storage.decode import decode_image
 from storage.resize import resize
 from storage.views import RandomResizedCrop, Renderer, View
+from tests.fixtures.memory import PEAK_KB
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ("bilinear", "bicubic")
@@ -212,9 +213,6 @@ def test_other_threads_go_on_while_one_decodes_or_resizes() -> None:
 HUGE = """
 import pathlib, numpy as np
 from storage.views import Renderer, View
-def peak_kb():  # since this program began; `getrusage` gives that of the program that started it, if that was larger
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 view = View(top=1, left=1, height=9998, width=11998)
 Renderer().render_view(np.zeros((40, 40, 3), np.uint8), View(top=0, left=0, height=40, width=40), 224)
@@ -228,8 +226,8 @@ print(taken, len(list(pathlib.Path("/proc/self/task").iterdir())))
 
 def test_the_largest_image_takes_two_copies_of_its_crop_and_no_threads() -> None:
     child = subprocess.run(
-        [sys.executable, "-c", HUGE], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=True,
+        [sys.executable, "-c", PEAK_KB + HUGE], cwd=ROOT, capture_output=True, text=True, check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
     )  # fmt: skip
     taken_kb, threads = map(int, child.stdout.split())
     assert 1.9 * 360_000 < taken_kb < 2.1 * 360_000 and threads == 1
