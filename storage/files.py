@@ -9,7 +9,7 @@ import contextlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -38,7 +38,7 @@ class Files(Protocol):
 
     def read(self, name: str) -> bytes: ...
     def read_end(self, name: str, num_bytes: int) -> bytes: ...
-    def read_pieces(self, pieces: Sequence[Piece]) -> None: ...
+    def read_pieces(self, pieces: Iterable[Piece]) -> None: ...
     def hint(self, spans: Sequence[tuple[str, int, int]]) -> None: ...
     def exists(self, name: str) -> bool: ...
     def size(self, name: str) -> int | None: ...
@@ -100,7 +100,7 @@ class LocalFiles:
             number = self._descriptor(name).number
             return os.pread(number, num_bytes, max(0, os.fstat(number).st_size - num_bytes))
 
-    def read_pieces(self, pieces: Sequence[Piece]) -> None:
+    def read_pieces(self, pieces: Iterable[Piece]) -> None:
         """Fill the targets of all pieces.
 
         Raises:

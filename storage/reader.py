@@ -6,7 +6,7 @@ processes; it opens nothing before its first read.
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -95,6 +95,16 @@ class _Table(NamedTuple):
     crc32c: memoryview
 
 
+class _Fetched(NamedTuple):
+    """A record's stored bytes, as they were read."""
+
+    record: int
+    name: str
+    data: memoryview | bytearray
+    crc32c: int
+    """What its checksum should be."""
+
+
 class FileReader(FeatureReader):
     """A store in files, in any layout."""
 
@@ -124,17 +134,38 @@ class FileReader(FeatureReader):
     def read_encoded(self, records_B: NDArray[np.int64], out: Mapping[str, NDArray[Any]]) -> None:
         # Plain integers and one pass: at 25 us a record, numpy's fixed costs would be a tenth of the read.
         for name, field in self._fields.items():
-            found = out[name]
-            if found.dtype != field.dtype or found.shape != (len(records_B), *field.shape):
-                raise AssertionError(f"buffer {name} {found.dtype} {found.shape} for {len(records_B)} of {field}")
+            buffer = out[name]
+            if buffer.dtype != field.dtype or buffer.shape != (len(records_B), *field.shape):
+                raise AssertionError(f"buffer {name} {buffer.dtype} {buffer.shape} for {len(records_B)} of {field}")
         records = records_B.tolist()
         if not records:
             return
         if not 0 <= min(records) <= max(records) < self.plan.num_records:
             raise self.outside(records_B)
+        check = self.check == "always" or (self.check == "once" and not self._is_checked[records_B].all())
+        fetched: list[_Fetched] = []
+        self.files.read_pieces(
+            self._pieces(records, out["tokens"], fetched, keep=check or self._compressor is not None)
+        )
+        if check:
+            for found in fetched:
+                if crc32c(found.data) != found.crc32c:
+                    raise DamagedError(f"record {found.record} in {self.location}/{found.name} is damaged; {REMEDY}")
+            if self.check == "once":
+                self._is_checked[records_B] = True
+        if self._compressor is not None:
+            for found, place in zip(fetched, out["tokens"], strict=True):
+                where = f"record {found.record} in {self.location}/{found.name}"
+                _decompress(self.plan.encoding, found.data, place.data.cast("B"), where)
+        for name in self._fields.keys() - {"tokens"}:
+            out[name][:] = self.rows(name, records_B)
+
+    def _pieces(
+        self, records: list[int], tokens: NDArray[Any], fetched: list[_Fetched], *, keep: bool
+    ) -> Iterator[Piece]:
+        """What to read, made between the reads: threads would wait for each other while a whole batch is prepared."""
         compressor, size, slots_a_shard = self._compressor, self._fields["tokens"].num_bytes, self._slots_a_shard
-        memory = out["tokens"].data.cast("B")
-        checksums, pieces = [], []
+        memory = tokens.data.cast("B")
         for row, record in enumerate(records):
             shard, slot = divmod(record, slots_a_shard)
             table = self._tables.get(shard) or self._open_table(shard)
@@ -142,26 +173,9 @@ class FileReader(FeatureReader):
             if offset < 0:
                 raise self.hole(record)
             target = memory[row * size : row * size + size] if compressor is None else bytearray(length)
-            pieces.append(Piece(table.name, offset, (target,), length))
-            checksums.append(table.crc32c[slot])
-        self.files.read_pieces(pieces)
-        if self.check == "always" or (self.check == "once" and not self._is_checked[records_B].all()):
-            self._check(records, pieces, checksums)
-        if compressor is not None:
-            for row, (name, _, (data,), _) in enumerate(pieces):
-                place = memory[row * size : row * size + size]
-                _decompress(self.plan.encoding, data, place, f"record {records[row]} in {self.location}/{name}")
-        if len(self._fields) > 1:
-            for name in self._fields.keys() - {"tokens"}:
-                out[name][:] = self.rows(name, records_B)
-
-    def _check(self, records: list[int], pieces: list[Piece], checksums: list[int]) -> None:
-        """Compare what was read with the checksums of the receipt."""
-        for record, (name, _, (data,), _), checksum in zip(records, pieces, checksums, strict=True):
-            if crc32c(data) != checksum:
-                raise DamagedError(f"record {record} in {self.location}/{name} is damaged; {REMEDY}")
-        if self.check == "once":
-            self._is_checked[records] = True
+            if keep:
+                fetched.append(_Fetched(record, table.name, target, table.crc32c[slot]))
+            yield Piece(table.name, offset, (target,), length)
 
     def read_jpegs(self, records_B: NDArray[np.int64]) -> list[bytes]:
         if self.plan.stored_views is None:
@@ -227,7 +241,7 @@ class FileReader(FeatureReader):
         return LAYOUTS[self.plan.backend].open_shard(self.plan, entry, self._small_files)
 
 
-def _decompress(encoding: Encoding, data: bytearray, place: memoryview, where: str) -> None:
+def _decompress(encoding: Encoding, data: Any, place: memoryview, where: str) -> None:
     """Decompress one record into its place; no memory is taken for what it claims."""
     assert isinstance(encoding, Zstd | BitRound)
     found = encoding.content_bytes(data)

@@ -8,7 +8,7 @@ libraries are off: an answer that may pass is asked for again a few times, with 
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
@@ -100,7 +100,7 @@ class RemoteFiles:
         span = Span(name, -num_bytes, None)
         return self._fetch([span])[span]
 
-    def read_pieces(self, pieces: Sequence[Piece]) -> None:
+    def read_pieces(self, pieces: Iterable[Piece]) -> None:
         """Fill the targets of all pieces; those that lie near to each other come in one request.
 
         Raises:
