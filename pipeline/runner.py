@@ -34,9 +34,9 @@ from pipeline.workspace import (
 )
 from storage.atomic import write_file, write_json
 from storage.errors import ConfigError, DecantError, StoreBusyError
-from storage.files import open_files
 from storage.fingerprint import digest_file, digest_json
 from storage.image_index import ImageIndex, build_index, require_labels
+from storage.locations import open_files
 from storage.lock import hold_lock
 from storage.reader import load_manifest, open_store
 from storage.stage import Interrupted, Progress, StageResult

@@ -26,6 +26,7 @@ files.py        where a store's files are, on a disk or behind a URL
 remote.py       the files of a store behind a URL
 connect.py      connections to what is behind a URL
 answers.py      what a server's answer means
+locations.py    a store's path or URL to its files
 shards.py       a shard in memory, and what every layout must be able to do with one
 zarr_metadata.py the Zarr v3 layout: which arrays there are
 zarr_format.py  the Zarr v3 layout: the bytes of their chunks and shards

@@ -46,17 +46,6 @@ class Files(Protocol):
     def names(self, folder: str) -> list[str]: ...
 
 
-def open_files(location: Path | str) -> Files:
-    """The files at a path or at a URL that fsspec knows (`s3://`, `gs://`, `https://`)."""
-    text = str(location)
-    if "://" in text and not text.startswith("file://"):
-        from storage.remote import RemoteFiles
-
-        remote: Files = RemoteFiles(text)
-        return remote
-    return LocalFiles(Path(text.removeprefix("file://")))
-
-
 class _Descriptor:
     """Closed when the last thread that reads from it lets go."""
 

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from storage.encodings import BitRound, Encoding, Zstd
 from storage.errors import DamagedError, InputError
-from storage.files import REMEDY, Files, Piece, open_files
+from storage.files import REMEDY, Files, Piece
 from storage.fingerprint import crc32c, digest_bytes
 from storage.image_index import FILE_NAME as IMAGES_FILE
 from storage.image_list import ImageList
 from storage.layouts import LAYOUTS
+from storage.locations import open_files
 from storage.receipts import parse_receipt, receipt_name
 from storage.records import StoreManifest, StorePlan, refuse_other
 from storage.shards import OpenShard, SmallFiles, check_crc32c

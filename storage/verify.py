@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from storage.errors import DamagedError, InputError
-from storage.files import Files, open_files
+from storage.files import Files
 from storage.fingerprint import digest_bytes
 from storage.image_index import FILE_NAME as IMAGES_FILE
 from storage.image_list import ImageList
 from storage.layouts import LAYOUTS
+from storage.locations import open_files
 from storage.reader import load_manifest
 from storage.receipts import receipt_name, receipt_path
 from storage.records import FileEntry, ShardEntry, StoreManifest, StorePlan, refuse_other

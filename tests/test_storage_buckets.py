@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from storage.errors import DamagedError, InputError
-from storage.files import Files, open_files
+from storage.files import Files
+from storage.locations import open_files
 from storage.reader import open_store
 from storage.remote import RemoteFiles
 from storage.upload import upload_store

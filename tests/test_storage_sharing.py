@@ -35,7 +35,7 @@ def answers(reader: FeatureReader, records: Iterable[int]) -> tuple[bytes, bytes
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_a_reader_travels_to_other_processes(plain: Made, method: str) -> None:
     records = list(plain.truth)
     expected = answers(plain.reader, records)  # so that files are open and indexes parsed

@@ -10,6 +10,7 @@ from unittest import mock
 
 import numpy as np
 
+from storage.fingerprint import crc32c, digest_bytes
 from tests.bench.made_up import RECORD_BYTES, SHARD_RECORDS, VIT_B, begin_store, tokens_of, write_shard
 from tests.bench.results import Section
 from tests.bench.timing import Clock, Contender, cpu_seconds, is_installed, one_core, race, speed_rows, wall_seconds
@@ -41,7 +42,7 @@ def measure(folder: Path) -> list[Section]:
     """In the page cache by CPU time, and on the disk by wall time."""
     tokens_RTC = np.stack([tokens_of(record) for record in range(SHARD_RECORDS)])
     with one_core(), without_fsync():
-        ways = [*ours(folder, tokens_RTC), *peers(folder, tokens_RTC)]
+        ways = [*ours(folder, tokens_RTC), *checksums(tokens_RTC), *peers(folder, tokens_RTC)]
         cached = _section(
             "Writing a shard, page cache",
             ways,
@@ -94,6 +95,17 @@ def ours(folder: Path, tokens_RTC: Any) -> list[Contender]:
         _shard(Place(folder / "zarr"), "zarr", "this store, Zarr", tokens_RTC),
         _shard(Place(folder / "wds"), "wds", "this store, WebDataset", tokens_RTC),
     ]
+
+
+def checksums(tokens_RTC: Any) -> list[Contender]:
+    """What the checksums of a shard take by themselves."""
+    return [
+        Contender(
+            "its checksums alone: crc32c of each record", "reference",
+            lambda: [crc32c(tokens_TC) for tokens_TC in tokens_RTC],
+        ),
+        Contender("its digest alone: BLAKE3", "reference", lambda: digest_bytes(memoryview(tokens_RTC).cast("B"))),
+    ]  # fmt: skip
 
 
 def _shard(place: Place, backend: str, name: str, tokens_RTC: Any) -> Contender:
