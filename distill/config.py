@@ -4,7 +4,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from storage.errors import unknown_name
+from storage.errors import look_up
 from storage.schema import Schema
 
 
@@ -51,9 +51,7 @@ def find_student(name: str) -> StudentConfig:
     Raises:
         ConfigError: no such row; offers the nearest names.
     """
-    if name not in STUDENTS:
-        raise unknown_name("student", name, STUDENTS)
-    return STUDENTS[name]
+    return look_up("student", name, STUDENTS)
 
 
 class TrainRunConfig(Schema):

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from storage.errors import unknown_name
+from storage.errors import look_up
 from storage.records import FeatureSpec
 from storage.schema import Schema
 
@@ -91,6 +91,4 @@ def find_teacher(name: str) -> TeacherSpec:
     Raises:
         ConfigError: no such row; offers the nearest names.
     """
-    if name not in TEACHERS:
-        raise unknown_name("teacher", name, TEACHERS)
-    return TEACHERS[name]
+    return look_up("teacher", name, TEACHERS)

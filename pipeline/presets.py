@@ -7,7 +7,7 @@ from distill.config import DistillConfig, OptimConfig, StudentConfig, TrainRunCo
 from extract.config import ExecutionConfig, ExtractConfig
 from finetune.config import EvaluateConfig, FinetuneConfig
 from pipeline.config import PipelineConfig
-from storage.errors import unknown_name
+from storage.errors import look_up
 from storage.views import CentreCrop, RandomResizedCrop, Renderer
 
 
@@ -172,9 +172,7 @@ def load_preset(name: str) -> PipelineConfig:
     Raises:
         ConfigError: no such preset; offers the nearest names.
     """
-    if name not in PRESETS:
-        raise unknown_name("preset", name, PRESETS)
-    return PRESETS[name].make()
+    return look_up("preset", name, PRESETS).make()
 
 
 def preset_for_teacher(teacher: str) -> PipelineConfig:

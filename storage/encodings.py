@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field as Setting
 
-from storage.errors import DamagedError, DecantError, InputError, unknown_name
+from storage.errors import DamagedError, DecantError, InputError, look_up
 from storage.schema import Schema
 
 Fields = dict[str, NDArray[Any]]
@@ -205,9 +205,7 @@ def find_encoding(name: str) -> Encoding:
     Raises:
         ConfigError: no such name; offers the nearest ones.
     """
-    if name not in ENCODINGS:
-        raise unknown_name("encoding", name, ENCODINGS)
-    return ENCODINGS[name]
+    return look_up("encoding", name, ENCODINGS)
 
 
 def fit_encoding(encoding: Encoding, tokens_RTC: NDArray[np.float16]) -> Encoding:

@@ -13,7 +13,10 @@ Every message says what was found, what was expected, where, and what to do.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+Row = TypeVar("Row")
 
 
 class DecantError(Exception):
@@ -58,3 +61,14 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     near = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known: {', '.join(choices)}"
     return ConfigError(f"unknown {kind} {name!r}; {hint}")
+
+
+def look_up(kind: str, name: str, table: Mapping[str, Row]) -> Row:
+    """A row of a table by the name that a user gave.
+
+    Raises:
+        ConfigError: no such row; offers the nearest names.
+    """
+    if name not in table:
+        raise unknown_name(kind, name, table)
+    return table[name]
