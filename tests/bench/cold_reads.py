@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.order import EpochOrder
+from distill.order import Draw, EpochOrder, ViewOrder
 from storage.reader import open_store
 from storage.ring import iter_filled
 from storage.zarr_format import CRC_BYTES, token_shard_name
@@ -115,20 +115,27 @@ def _through_ring(store: Path, batches: Batches, threads: int, *, hinted: Batche
 class TrainersOrder:
     """An epoch as `distill/order.py` draws it, with smaller pools, as the store is small: what a training reads in the
     middle of its run. The first pool lies in the cache when the time begins; the others are announced a pool ahead, as
-    blocks, and then read in full shuffle."""
+    blocks, and then read in full shuffle. With several views an image the store holds fewer images, and an epoch reads
+    one view of each."""
 
-    def __init__(self, store: Path) -> None:
-        self.store = store
-        with mock.patch("distill.order.POOL_IMAGES", POOL):
-            order = EpochOrder(np.arange(COLD_RECORDS), SHARD_RECORDS, seed=3)
-            steps = range(COLD_RECORDS // BATCH)
-            self.batches = [order.batch(step, BATCH).positions_B for step in steps]
-            self.coming = [order.coming(step, BATCH).positions_B for step in steps[: (COLD_RECORDS - POOL) // BATCH]]
+    def __init__(self, store: Path, *, views: int = 1) -> None:
+        self.store, num_images, pool = store, COLD_RECORDS // views, POOL // views
+        self.cached_batches, self.share = pool // BATCH, (1 - pool / num_images) / views
+        with mock.patch("distill.order.POOL_IMAGES", pool):
+            order = EpochOrder(np.arange(num_images), SHARD_RECORDS // views, seed=3)
+            view_order = ViewOrder(num_images, views, seed=3)
+
+            def records(draw: Draw) -> NDArray[np.int64]:
+                return draw.positions_B * views + view_order.views(draw)
+
+            steps = range(num_images // BATCH)
+            self.batches = [records(order.batch(step, BATCH)) for step in steps]
+            self.coming = [records(order.coming(step, BATCH)) for step in steps[: (num_images - pool) // BATCH]]
 
     def prepare(self) -> None:
         drop_from_cache(self.store)
         read, out_BTC = plain_zarr(self.store, COLD_RECORDS), new_batch()
-        for records_B in self.batches[: POOL // BATCH]:
+        for records_B in self.batches[: self.cached_batches]:
             read(np.sort(records_B), out_BTC)
 
     def run(self) -> None:
@@ -166,7 +173,7 @@ def measure(store: Path) -> Section:
     part = len(singles) // PART
     drop: Any = {"prepare": lambda: drop_from_cache(store)}
     slow: Any = drop | {"share": 1 / PART, "every": SLOW}
-    trainers = TrainersOrder(store)
+    trainers, of_four = TrainersOrder(store), TrainersOrder(store, views=4)
     contenders = [
         Contender("the disk, sequential, hinted", "limit", lambda: sequential_hinted(store), **drop),
         Contender("the disk, sequential, no hints", "reference", lambda: sequential(store), **drop),
@@ -179,9 +186,18 @@ def measure(store: Path) -> Section:
             "ours",
             trainers.run,
             prepare=trainers.prepare,
-            share=1 - POOL / COLD_RECORDS,
+            share=trainers.share,
             target=TARGET,
             note="a full shuffle of each pool, hints a pool ahead",
+        ),
+        Contender(
+            "the same, one of 4 views of each image",
+            "ours",
+            of_four.run,
+            prepare=of_four.prepare,
+            share=of_four.share,
+            target=TARGET,
+            note="a quarter of the store, in single records",
         ),
         Contender("preadv, blocks of 16, no hints", "peer", without_hints(store, blocks), **drop),
         Contender("preadv, single records, no hints", "peer", without_hints(store, singles[:part]), **slow),
