@@ -1,6 +1,7 @@
 """Frozen, checked records that are equal to their JSON: configurations, manifests, results."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -17,6 +18,13 @@ class Schema(BaseModel):
 
     not_identity: ClassVar[frozenset[str]] = frozenset()
     """Fields that say how or where to work and cannot change a result; left out of fingerprints."""
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with some fields changed; what was computed from the fields before is forgotten."""
+        copy = super().model_copy(update=update, deep=deep)
+        for name in vars(copy).keys() - type(self).model_fields.keys():
+            del vars(copy)[name]
+        return copy
 
     def identity(self) -> dict[str, Any]:
         """The JSON of everything that can change a result."""

@@ -257,3 +257,12 @@ def test_signals_are_left_alone_outside_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert seen == [False]
+
+
+def test_a_changed_copy_has_a_fingerprint_of_its_own(store_plan: Any, image_list: Any) -> None:
+    plan = store_plan(image_list(3))
+    before = plan.fingerprint
+    changed = plan.model_copy(update={"teacher_fingerprint": "others"})
+    assert changed.fingerprint != before == plan.fingerprint
+    assert changed.fingerprint == type(plan).model_validate(changed.to_json()).fingerprint
+    assert plan.model_copy() == plan
