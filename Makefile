@@ -11,7 +11,6 @@ STAMP  := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
 
 PRESET ?=
-DOCS ?=
 TEACHER ?=
 WEIGHTS ?=
 DATA ?=
@@ -35,7 +34,7 @@ option = $(if $($(2)),--$(1) $(call quoted,$(2)))
 OPTIONS = $(strip $(call option,preset,PRESET) $(call option,teacher,TEACHER) $(call option,weights,WEIGHTS) \
 	$(call option,data,DATA) $(call option,views,VIEWS) $(call option,layout,LAYOUT) $(call option,encoding,ENCODING) \
 	$(call option,store,STORE) $(call option,student,STUDENT) $(call option,seeds,SEEDS) \
-	$(call option,executor,EXECUTOR) $(call option,work,WORK) $(if $(filter-out 0 no false,$(FORCE)),--force) $(foreach pair,$(SET),--set '$(pair)'))
+	$(call option,executor,EXECUTOR) $(call option,work,WORK) $(if $(filter-out 0 no false,$(FORCE)),--force) $(foreach pair,$(SET),--set $(call quoted,pair)))
 PIPELINE = @$(BIN)/python -m pipeline
 
 STAGE_COMMANDS := demo run plan extract distill finetune evaluate report

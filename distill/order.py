@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.process_lock import ProcessLock
 from storage.views import keyed_generator
 
 BLOCK_IMAGES = 16
@@ -56,7 +57,7 @@ class EpochOrder:
     def __init__(self, positions_N: NDArray[np.int64], images_per_shard: int, seed: int) -> None:
         """`positions_N`: store positions of the usable images, ascending."""
         self.positions_N, self.images_per_shard, self.seed = positions_N, images_per_shard, seed
-        self._epoch = lru_cache(maxsize=3)(self._draw_epoch)
+        self._drawn, self._drawing = lru_cache(maxsize=3)(self._draw_epoch), ProcessLock()
 
     def __len__(self) -> int:
         return len(self.positions_N)
@@ -80,6 +81,10 @@ class EpochOrder:
     def reading(self, epoch: int) -> NDArray[np.int64]:
         """The same images as the disk sees them."""
         return self._epoch(epoch).reading_N
+
+    def _epoch(self, epoch: int) -> _Epoch:
+        with self._drawing:  # or every thread that comes to a new epoch would draw it
+            return self._drawn(epoch)
 
     def _slice(self, images_of: Callable[[int], NDArray[np.int64]], first: int, count: int) -> Draw:
         epochs_B, places_B = np.divmod(np.arange(first, first + count), len(self))
@@ -116,11 +121,16 @@ class ViewOrder:
 
     def __init__(self, num_images: int, num_views: int, seed: int) -> None:
         self.num_images, self.num_views, self.seed = num_images, num_views, seed
-        self.cycle = lru_cache(maxsize=3)(self._cycle)
+        self._drawn, self._drawing = lru_cache(maxsize=3)(self._draw_cycle), ProcessLock()
 
-    def _cycle(self, cycle: int) -> NDArray[np.int64]:
+    def cycle(self, cycle: int) -> NDArray[np.uint16]:
+        """The views (N, K) of each image in the order in which K epochs look at them."""
+        with self._drawing:
+            return self._drawn(cycle)
+
+    def _draw_cycle(self, cycle: int) -> NDArray[np.uint16]:
         generator = keyed_generator(self.seed, "views", cycle)
-        return generator.random((self.num_images, self.num_views), np.float32).argsort(axis=1)
+        return generator.random((self.num_images, self.num_views), np.float32).argsort(axis=1).astype(np.uint16)
 
     def views(self, draw: Draw) -> NDArray[np.int64]:
         """The view index of each image of a step."""

@@ -18,6 +18,8 @@ from storage.views import Renderer, View
 class Pixels(Protocol):
     """Where pixels come from. Safe to use from several threads."""
 
+    are_stored: bool
+    """They come from the store, not from images."""
     warning: str
     """Why they may differ from those that the teacher saw; empty where they are the same."""
 
@@ -49,6 +51,8 @@ def open_pixels(reader: FeatureReader, location: str, side_px: int, cache_bytes:
 
 class StoredPixels:
     """Views that were rendered before the teacher saw them."""
+
+    are_stored = True
 
     def __init__(self, reader: FeatureReader, side_px: int) -> None:
         assert reader.plan.stored_views is not None
@@ -86,6 +90,8 @@ class StoredPixels:
 
 class RenderedPixels:
     """Views cut from the original images."""
+
+    are_stored = False
 
     def __init__(self, reader: FeatureReader, images: ImageList, cache_bytes: int) -> None:
         self.reader, self.keys = reader, images.keys

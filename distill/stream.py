@@ -64,10 +64,13 @@ class DistillStream:
     def batches(self, start: int) -> Iterator[DistillBatch]:
         """All batches from step `start` on; of these, the newest `HELD_BATCHES` are valid at a time."""
 
+        size, views = self.cfg.batch_size, self.pixels.are_stored
+
         def hint(step: int) -> None:
-            self.reader.hint(self._records(self.order.coming(step, self.cfg.batch_size)))
-            if (step - start) * self.cfg.batch_size < 2 * POOL_IMAGES:  # nobody announced these a pool ago
-                self.reader.hint(self._records(self.order.batch(step, self.cfg.batch_size)))
+            if step * size + min(POOL_IMAGES, len(self.order)) < self.num_steps * size:  # what comes is still read
+                self.reader.hint(self._records(self.order.coming(step, size)), views=views)
+            if (step - start) * size < 2 * POOL_IMAGES:  # nobody announced these a pool ago
+                self.reader.hint(self._records(self.order.batch(step, size)), views=views)
 
         run = self.cfg.run
         return iter_filled(

@@ -19,9 +19,6 @@ from storage.verify import STORE, Damage, check_structure, discard_shard, iter_d
 class Health(NamedTuple):
     """What verification found out about a store."""
 
-    num_shards: int
-    num_read: int
-    """Shards of which every byte was compared."""
     damage: list[Damage]
 
     @property
@@ -54,7 +51,7 @@ def examine_store(location: Path | str, *, fraction: float, seed: int, progress:
                 progress.say(describe(location, found))
             damage += found_in_shard
             progress.advance(sizes[index] // 10**6, shard=index if index != STORE else "-")
-    return Health(num_shards, len(chosen), damage)
+    return Health(damage)
 
 
 def describe(location: Path | str, damage: Damage) -> str:
@@ -71,6 +68,14 @@ def repair_store(workspace: Workspace, root: Path, health: Health, progress: Pro
         DamagedError: some damage is still there.
     """
     cfg, data_path = _settings_of(workspace, root), _find_images(workspace, root)
+    plan = find_plan(root)
+    if plan is not None and (plan.backend, plan.encoding.kind, plan.token_subset) != (
+        cfg.layout, cfg.encoding.kind, cfg.token_subset
+    ):  # fmt: skip
+        raise ConfigError(
+            f"{root} is {plan.backend}, {plan.encoding.kind}, not what these settings extract: it was converted; "
+            "convert its source again, into another folder"
+        )
     with hold_lock(root):  # an extraction at work there is about to write it
         for index in health.damaged_shards:
             discard_shard(root, index)
@@ -101,9 +106,10 @@ def _settings_of(workspace: Workspace, root: Path) -> ExtractConfig:
             )
         made_with = fitting[0]
     if before is None:
-        return made_with
+        return made_with.model_copy(update={"max_bad_fraction": 1.0})
     weights = before.extract.weights if before.extract.teacher == made_with.teacher else None
-    return made_with.model_copy(update={"run": before.extract.run, "weights": weights})
+    # the bad images of a store that was finished were accepted once
+    return made_with.model_copy(update={"run": before.extract.run, "weights": weights, "max_bad_fraction": 1.0})
 
 
 def _find_images(workspace: Workspace, root: Path) -> Path:

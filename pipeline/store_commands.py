@@ -1,5 +1,6 @@
 """The commands about stores: verify, repair, convert, upload."""
 
+import math
 import re
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ import click
 
 from pipeline import provenance
 from pipeline.progress import show_progress
-from pipeline.repair import examine_store, repair_store
+from pipeline.repair import Health, examine_store, repair_store
 from pipeline.screen import console
 from pipeline.workspace import open_workspace
 from storage.encodings import find_encoding
@@ -48,6 +49,24 @@ def _locations(work: Path, stores: tuple[str, ...]) -> list[str]:
     return list(stores) or [str(store) for store in open_workspace(work).stores()]
 
 
+def _local(location: str, advice: str) -> Path:
+    """A folder of this machine.
+
+    Raises:
+        ConfigError: a URL, which can only be read.
+    """
+    path = location.removeprefix("file://")
+    if "://" in path:
+        raise ConfigError(f"{location} is a URL, and stores behind URLs are read-only; {advice}")
+    return Path(path)
+
+
+def _subset(fraction: float) -> TokenSubset | None:
+    if math.isnan(fraction):
+        raise ConfigError("--token-fraction is nan, expected a share above 0 and up to 1")
+    return TokenSubset.of(fraction, seed=0)
+
+
 @click.command(help="Compare stores, of the work folder or named ones, with what was committed; changes nothing.")
 @click.argument("stores", nargs=-1)
 @READ_DATA
@@ -79,7 +98,7 @@ def verify(stores: tuple[str, ...], read_data: str, work: Path) -> None:
 def repair(stores: tuple[str, ...], read_data: str, work: Path) -> None:
     workspace, fraction = open_workspace(work), parse_percent(read_data)
     num_repaired = 0
-    for store in map(Path, _locations(work, stores)):
+    for store in [_local(place, "repair the folder that it was uploaded from") for place in _locations(work, stores)]:
         health = _examine(str(store), fraction)
         if health.damage:
             with show_progress("repair", console=console) as progress:
@@ -88,36 +107,39 @@ def repair(stores: tuple[str, ...], read_data: str, work: Path) -> None:
     console.print(f"{num_repaired} parts were made again" if num_repaired else "nothing to repair")
 
 
-def _examine(location: str, fraction: float) -> Any:
+def _examine(location: str, fraction: float) -> Health:
     with show_progress("verify", console=console) as progress:
         return examine_store(location, fraction=fraction, seed=time.time_ns(), progress=progress)
 
 
 @click.command(help="Copy a store (a path or URL) to another layout or encoding at TARGET; needs no teacher.")
 @click.argument("source")
-@click.argument("target", type=click.Path(path_type=Path))
+@click.argument("target")
 @LAYOUT
 @ENCODING
-@click.option("--token-fraction", type=float, help="Keep this share of each view's tokens.")
+@click.option(
+    "--token-fraction", type=click.FloatRange(0, 1, min_open=True), help="Keep this share of each view's tokens."
+)
 @click.option("--views/--no-views", "keep_views", default=None, help="Keep rendered views; the default is as SOURCE.")
 @click.option("--data", default="", help="Where the images lie, for views that SOURCE does not have.")
 def convert(
-    source: str, target: Path, layout: Any, encoding: str | None, token_fraction: float | None,
+    source: str, target: str, layout: Any, encoding: str | None, token_fraction: float | None,
     keep_views: bool | None, data: str,
 ) -> None:  # fmt: skip
     from storage.convert import convert_store, plan_conversion
     from storage.reader import open_store
 
+    root = _local(target, "convert to a folder, then `upload` that")
     store = open_store(source, check="always")
     plan = plan_conversion(
         store,
         backend=layout or store.plan.backend,
         encoding=find_encoding(encoding) if encoding else None,
-        token_subset=TokenSubset.of(token_fraction, seed=0) if token_fraction else None,
+        token_subset=None if token_fraction is None else _subset(token_fraction),
         keep_views=keep_views,
     )
     with show_progress("convert", console=console) as progress:
-        manifest = convert_store(store, target, plan, images_location=data, progress=progress)
+        manifest = convert_store(store, root, plan, images_location=data, progress=progress)
     console.print(
         f"{target}: {plan.backend}, {plan.encoding.kind}, {manifest.num_records:,} records, "
         f"{manifest.num_bytes / 1e9:,.2f} GB ({store.manifest.num_bytes / 1e9:,.2f} GB in {source})"

@@ -4,6 +4,7 @@ errors.py       the exceptions a user can meet, with their exit codes
 schema.py       frozen, checked records that are equal to their JSON
 atomic.py       the only place that publishes files: write, fsync, rename
 lock.py         one writer a folder
+process_lock.py a lock that a forked child finds open
 fingerprint.py  content hashes
 stage.py        what every stage returns, and the progress contract
 encodings.py    how whitened tokens become bytes: fp16, int8, bit_round, zstd

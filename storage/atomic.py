@@ -29,10 +29,11 @@ def disk_errors(path: Path, needed_bytes: int = 0) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             free = shutil.disk_usage(nearest_existing(path)).free
+            mend = "raise the limit (`ulimit -f`)" if error.errno == errno.EFBIG else "make room"
             raise DiskError(
-                f"cannot write {path}: {_FULL[error.errno]} ({free / 1e6:,.0f} MB free there"
-                + (f", {needed_bytes / 1e6:,.0f} MB needed" if needed_bytes else "")
-                + "); finished work is safe: make room, then give the same command again"
+                f"cannot write {path}: {_FULL[error.errno]} ({free / 1e6:,.1f} MB free there"
+                + (f", {needed_bytes / 1e6:,.1f} MB needed" if needed_bytes else "")
+                + f"); finished work is safe: {mend}, then give the same command again"
             ) from error
         if error.errno in _REFUSED:
             raise DiskError(f"cannot write {path}: {os.strerror(error.errno)}; choose another folder") from error

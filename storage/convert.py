@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.encodings import Encoding, Fields, fit_encoding, is_fitted
-from storage.errors import ConfigError
+from storage.errors import BadImageError, ConfigError, InputError
 from storage.folder import create_store, finish_store, sweep
 from storage.image_list import ImageList
 from storage.jpeg import ViewCodec, encode_view
@@ -38,7 +38,7 @@ def plan_conversion(
 
     Args:
         encoding: None keeps the source's.
-        keep_views: None keeps what the source has; tars hold them always.
+        keep_views: None keeps what the source has, and renders them for tars where it has none.
         view_px: side of views that are rendered because the source has none; None is the teacher's input size.
 
     Raises:
@@ -99,8 +99,9 @@ def convert_store(
     progress = progress or SilentProgress()
     renders = plan.stored_views is not None and source.plan.stored_views is None
     if renders and not images_location:
-        raise ConfigError(f"{source.location} keeps no rendered views; say where its images are (DATA=...)")
+        raise ConfigError(f"{source.location} keeps no rendered views; say where its images are (--data, DATA=...)")
     images = source.images.at(images_location)
+    _refuse_place(root, source)
     with hold_lock(root):
         create_store(root, plan, images)
         sweep(root, plan)
@@ -111,6 +112,18 @@ def convert_store(
                 _convert_shard(source, root, plan, images, index)
                 progress.advance(1)
         return finish_store(root)
+
+
+def _refuse_place(root: Path, source: FeatureReader) -> None:
+    """Take an empty folder, or one with the beginning of this conversion; nothing that holds something else."""
+    inside = Path(source.location).resolve() if "://" not in source.location else None
+    if inside is not None and root.resolve().is_relative_to(inside):
+        raise ConfigError(f"{root} lies in the store that is converted; choose another folder")
+    if root.exists() and not root.is_dir():
+        raise ConfigError(f"{root} is a file; choose a folder")
+    held = {path.name for path in root.iterdir()} - {"LOCK"} if root.exists() else set()
+    if held and "plan.json" not in held:
+        raise ConfigError(f"{root} holds other files ({sorted(held)[0]!r}); choose an empty folder")
 
 
 def _convert_shard(source: FeatureReader, root: Path, plan: StorePlan, images: ImageList, index: int) -> None:
@@ -166,7 +179,13 @@ def _iter_records(
 def _render(images: ImageList, plan: StorePlan, record: FeatureRecord) -> bytes:
     """A view that the store does not have yet, from its image."""
     assert plan.stored_views is not None
-    image_HWC = images.read_image(images.position(record.key))
+    try:
+        image_HWC = images.read_image(images.position(record.key))
+    except BadImageError as error:
+        raise InputError(
+            f"image {record.key!r} of the store is not to be had from {images.location} ({error}); give the folder (or "
+            "tars) that the store was made from"
+        ) from error
     renderer = Renderer(kernel=plan.renderer["kernel"])
     pixels_HWC = renderer.render_view(image_HWC, record.view, plan.stored_views.px)
     return encode_view(pixels_HWC, plan.stored_views.codec["quality"])

@@ -7,18 +7,20 @@ travels to another process as its place alone, so stores are safe under fork, sp
 
 import contextlib
 import os
-import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from storage.errors import DamagedError
+from storage.errors import DamagedError, DiskError
 from storage.fingerprint import digest_file
+from storage.process_lock import ProcessLock
 
 REMEDY = "run `make verify` to find all damage, then `make repair`"
 MAX_OPEN_FILES = 256
-"""Of one store; far below the usual limit of a process, and more than the shards that are mixed at a time."""
+"""Of one store; far below the usual limit of a process, and about the shards that are mixed at a time."""
+HELD_FILES = 32
+"""More that a thread may keep open while it reads a batch."""
 
 
 class Piece(NamedTuple):
@@ -66,7 +68,7 @@ class LocalFiles:
         self.root = root
         self.location = str(root)
         self._open: OrderedDict[str, _Descriptor] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = ProcessLock()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"root": self.root}
@@ -86,8 +88,9 @@ class LocalFiles:
     def read_end(self, name: str, num_bytes: int) -> bytes:
         """The last bytes of a file; fewer when it is shorter."""
         with _missing_is_damage(self.location, name):
-            number = self._descriptor(name).number
-            return os.pread(number, num_bytes, max(0, os.fstat(number).st_size - num_bytes))
+            descriptor = self._descriptor(name)  # held, or another thread's 256 files could close it meanwhile
+            size = os.fstat(descriptor.number).st_size
+            return os.pread(descriptor.number, num_bytes, max(0, size - num_bytes))
 
     def read_pieces(self, pieces: Iterable[Piece]) -> None:
         """Fill the targets of all pieces.
@@ -95,21 +98,43 @@ class LocalFiles:
         Raises:
             DamagedError: a file is missing or ends too early.
         """
-        descriptors: dict[str, _Descriptor] = {}  # kept to the end, so that none is closed meanwhile
         preadv = os.preadv
+        held: dict[str, _Descriptor] = {}  # so that none is closed while it is read from
         for name, offset, targets, num_bytes in pieces:
-            descriptor = descriptors.get(name)
+            descriptor = held.get(name)
             if descriptor is None:
+                if len(held) == HELD_FILES:
+                    held.clear()
                 with _missing_is_damage(self.location, name):
-                    descriptor = descriptors[name] = self._descriptor(name)
-            if preadv(descriptor.number, targets, offset) != num_bytes:
+                    descriptor = held[name] = self._descriptor(name)
+            try:
+                got = preadv(descriptor.number, targets, offset)
+            except OSError as error:
+                raise _unreadable(f"{self.location}/{name}", error) from error
+            if got != num_bytes:
+                self._read_rest(descriptor, name, offset, targets, got, num_bytes)
+
+    def _read_rest(
+        self, descriptor: _Descriptor, name: str, offset: int, targets: Sequence[Any], got: int, num_bytes: int
+    ) -> None:
+        """Network file systems may give a part at a time; only a read of nothing is the end of a file."""
+        places = [memoryview(target).cast("B") for target in targets]
+        while got < num_bytes:
+            passed, rest = 0, []
+            for place in places:
+                rest += [place[max(0, got - passed) :]] if passed + len(place) > got else []
+                passed += len(place)
+            more = os.preadv(descriptor.number, rest, offset + got)
+            if not more:
                 raise ends_early(f"{self.location}/{name}", offset + num_bytes)
+            got += more
 
     def hint(self, spans: Sequence[tuple[str, int, int]]) -> None:
         """Tell the system that these (name, offset, bytes) will be read soon; returns at once."""
         for name, offset, num_bytes in spans:
             with contextlib.suppress(OSError):  # a hint may fail; the read will say why
-                os.posix_fadvise(self._descriptor(name).number, offset, num_bytes, os.POSIX_FADV_WILLNEED)
+                descriptor = self._descriptor(name)
+                os.posix_fadvise(descriptor.number, offset, num_bytes, os.POSIX_FADV_WILLNEED)
 
     def exists(self, name: str) -> bool:
         return (self.root / name).exists()
@@ -123,7 +148,8 @@ class LocalFiles:
 
     def digest(self, name: str) -> str:
         """Content hash of a file of any size."""
-        return digest_file(self.root / name)
+        with _missing_is_damage(self.location, name):
+            return digest_file(self.root / name)
 
     def names(self, folder: str) -> list[str]:
         """Sorted names of the files in a folder of the store; none when there is no such folder."""
@@ -143,9 +169,15 @@ def ends_early(path: str, expected: int) -> DamagedError:
     return DamagedError(f"{path} ends before byte {expected:,}, which its index names; {REMEDY}")
 
 
+def _unreadable(path: str, error: OSError) -> DiskError:
+    return DiskError(f"{path} cannot be read: {os.strerror(error.errno or 0)}; see to the disk, then try again")
+
+
 @contextlib.contextmanager
 def _missing_is_damage(location: str, name: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
         raise DamagedError(f"{location}/{name} is missing; {REMEDY}") from error
+    except OSError as error:
+        raise _unreadable(f"{location}/{name}", error) from error

@@ -8,6 +8,7 @@ attempts/          private; swept when extraction starts
 manifest.json      last
 """
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -78,8 +79,8 @@ def _check_room(root: Path, plan: StorePlan) -> None:
     needed, free = needed_bytes(plan), shutil.disk_usage(root).free
     if needed > free:
         raise DiskError(
-            f"the store needs {needed / 1e9:.1f} GB at {root}, where {free / 1e9:.1f} GB are free; "
-            "choose another WORK folder, or fewer VIEWS"
+            f"the store needs {needed / 1e6:,.1f} MB at {root}, where {free / 1e6:,.1f} MB are free; choose another "
+            "folder, or a smaller store (fewer VIEWS, ENCODING=int8)"
         )
 
 
@@ -149,4 +150,6 @@ def finish_store(root: Path) -> StoreManifest:
         bad_images=tuple(bad for index in range(plan.num_shards) for bad in shards[index].bad_images),
     )
     write_file(root / "manifest.json", manifest.to_file())
+    with contextlib.suppress(OSError):  # empty, unless another writer is at work
+        (root / "attempts").rmdir()
     return manifest

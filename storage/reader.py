@@ -5,7 +5,6 @@ so. Both layouts and remote stores take this path. A reader may be used from man
 processes; it opens nothing before its first read.
 """
 
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -60,8 +59,8 @@ def load_manifest(files: Files, *, allow_unfinished: bool = False) -> StoreManif
         raise InputError(f"{files.location} holds no store (no manifest.json)")
     if not allow_unfinished:
         raise InputError(
-            f"{files.location} holds an unfinished store (no manifest.json): run `make extract` to complete it, or "
-            "open it with allow_unfinished=True"
+            f"{files.location} holds an unfinished store (no manifest.json): complete it with the command that began "
+            "it, `make extract` or `make convert`"
         )
     text = files.read("plan.json")
     plan_path = f"{files.location}/plan.json"
@@ -118,7 +117,6 @@ class FileReader(FeatureReader):
         self._shards: dict[int, OpenShard] = {}
         self._tables: dict[int, _Table] = {}
         self._is_checked = np.zeros(self.plan.num_records if check == "once" else 0, np.bool_)
-        self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FileReader, (self.files, self.manifest, self.check)
@@ -181,22 +179,19 @@ class FileReader(FeatureReader):
     def read_jpegs(self, records_B: NDArray[np.int64]) -> list[bytes]:
         if self.plan.stored_views is None:
             raise InputError(f"{self.location} keeps no rendered views; render them from the images")
-        found: dict[int, bytes] = {}
         shards_B, slots_B = self.locate(records_B)
-        for shard in np.unique(shards_B).tolist():
-            rows = np.flatnonzero(shards_B == shard)
+        pieces, checksums = [], []
+        for record, shard, slot in zip(records_B.tolist(), shards_B.tolist(), slots_B.tolist(), strict=True):
             spans = self._shard(shard).jpegs
-            offsets, lengths, checksums = (part[slots_B[rows]].tolist() for part in spans[1:])
-            if min(offsets) < 0:
-                raise self.hole(records_B[rows[offsets.index(min(offsets))]])
-            buffers = [bytearray(length) for length in lengths]
-            self.files.read_pieces(
-                [Piece(spans.name, o, (buffer,), n) for o, buffer, n in zip(offsets, buffers, lengths, strict=True)]
-            )
-            for row, buffer, checksum in zip(rows.tolist(), buffers, checksums, strict=True):
-                check_crc32c(buffer, checksum, f"the view of record {records_B[row]} in {self.location}/{spans.name}")
-                found[row] = bytes(buffer)
-        return [found[row] for row in range(len(records_B))]
+            if spans.offsets_R[slot] < 0:
+                raise self.hole(record)
+            length = int(spans.lengths_R[slot])
+            pieces.append(Piece(spans.name, int(spans.offsets_R[slot]), (bytearray(length),), length))
+            checksums.append(int(spans.crc32c_R[slot]))
+        self.files.read_pieces(pieces)
+        for record, (name, _, (data,), _), checksum in zip(records_B.tolist(), pieces, checksums, strict=True):
+            check_crc32c(data, checksum, f"the view of record {record} in {self.location}/{name}")
+        return [bytes(piece.targets[0]) for piece in pieces]
 
     def rows(self, name: str, records_B: NDArray[np.int64]) -> NDArray[Any]:
         shards_B, slots_B = self.locate(records_B)
@@ -208,12 +203,13 @@ class FileReader(FeatureReader):
             out[shards_B == shard] = rows
         return out
 
-    def hint(self, records_B: NDArray[np.int64]) -> None:
+    def hint(self, records_B: NDArray[np.int64], *, views: bool = False) -> None:
         shards_B, slots_B = self.locate(records_B)
         spans = []
         for shard in np.unique(shards_B).tolist():
-            tokens, slots = self._shard(shard).tokens, np.sort(slots_B[shards_B == shard])
-            spans += _joined(tokens.name, tokens.offsets_R[slots].tolist(), tokens.lengths_R[slots].tolist())
+            opened, slots = self._shard(shard), np.sort(slots_B[shards_B == shard])
+            for table in (opened.tokens, opened.jpegs) if views else (opened.tokens,):
+                spans += _joined(table.name, table.offsets_R[slots].tolist(), table.lengths_R[slots].tolist())
         self.files.hint(spans)
 
     def _open_table(self, index: int) -> _Table:
@@ -222,11 +218,8 @@ class FileReader(FeatureReader):
         return self._tables.setdefault(index, table)
 
     def _shard(self, index: int) -> OpenShard:
-        shard = self._shards.get(index)
-        if shard is None:
-            with self._lock:
-                shard = self._shards.get(index) or self._shards.setdefault(index, self._open_shard(index))
-        return shard
+        # threads may open a shard at the same time, which costs less than waiting for each other's reads
+        return self._shards.get(index) or self._shards.setdefault(index, self._open_shard(index))
 
     def _open_shard(self, index: int) -> OpenShard:
         expected = self.manifest.receipts[index]

@@ -3,7 +3,6 @@
 Letters: R the slots of a shard (a slot without a record is a hole), T tokens, C channels, F the fields of a view.
 """
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -15,6 +14,7 @@ from storage.encodings import Fields
 from storage.errors import DamagedError
 from storage.files import REMEDY, Files
 from storage.fingerprint import crc32c, digest_bytes
+from storage.process_lock import ProcessLock
 from storage.records import ShardEntry, StorePlan
 from storage.views import View
 
@@ -74,11 +74,11 @@ class OpenShard(Protocol):
 class SmallFiles:
     """The small files of a store, checked against their shards' receipts and kept while a memory budget lasts."""
 
-    def __init__(self, files: Files, budget_bytes: int = 192 * 2**20) -> None:
+    def __init__(self, files: Files, budget_bytes: int = 256 * 2**20) -> None:
         self.files = files
         self._left = budget_bytes
         self._kept: OrderedDict[str, bytes] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = ProcessLock()
 
     def read(self, name: str, digest: str, *, keep: bool = True) -> bytes:
         """A whole small file. One that is whole but belongs to another shard is not taken.

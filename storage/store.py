@@ -55,8 +55,9 @@ class FeatureReader(ABC):
     def rows(self, name: str, records_B: NDArray[np.int64]) -> NDArray[Any]:
         """What is stored beside the tokens: `views` (B, F) int32, `token_mean`, `token_std`, `token_scale` (B, T)."""
 
-    def hint(self, records_B: NDArray[np.int64]) -> None:
-        """Tell the system that these records will be read soon; returns at once."""
+    def hint(self, records_B: NDArray[np.int64], *, views: bool = False) -> None:
+        """Tell the system that the tokens of these records, and their rendered views, will be read soon; returns at
+        once."""
         return
 
     # ---- images ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ anything else, and stand in the JSON. Headers carry no time and no owner, so equ
 import ast
 import contextlib
 import json
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -122,7 +122,10 @@ def read_npy(path: str, data: bytes, dtype: np.dtype[Any], count: int) -> NDArra
     Raises:
         DamagedError: it does not hold exactly `count` rows of `dtype`.
     """
-    start = 10 + int.from_bytes(data[8:10], "little")
+    ours = _npy_header(dtype, count)
+    if data.startswith(ours) and len(data) - len(ours) == count * dtype.itemsize:
+        return np.frombuffer(data, dtype, count, len(ours))
+    start = 10 + int.from_bytes(data[8:10], "little")  # another version of numpy may write the header otherwise
     header: Any = None
     with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that it may raise
         header = ast.literal_eval(data[10:start].decode("latin-1").strip()) if data[:8] == NPY_MAGIC else None
@@ -130,6 +133,11 @@ def read_npy(path: str, data: bytes, dtype: np.dtype[Any], count: int) -> NDArra
     if header != expected or len(data) - start != count * dtype.itemsize:
         raise DamagedError(f"{path} is no .npy file of {count} rows of {dtype.itemsize} bytes; {REMEDY}")
     return np.frombuffer(data, dtype, count, start)
+
+
+@lru_cache(maxsize=8)
+def _npy_header(dtype: np.dtype[Any], count: int) -> bytes:
+    return npy_bytes(np.zeros(count, dtype))[: -count * dtype.itemsize]
 
 
 def _is_sound(rows: NDArray[Any], plan: StorePlan, tar_bytes: int) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from storage.errors import DamagedError, InputError
+from storage.errors import DamagedError, DiskError, InputError
 from storage.files import Files
 from storage.fingerprint import digest_bytes
 from storage.image_index import FILE_NAME as IMAGES_FILE
@@ -118,12 +118,12 @@ def _check_metadata(files: Files) -> tuple[StorePlan | None, StoreManifest | Non
         text = files.read("plan.json")
         refuse_other(f"{files.location}/plan.json", text)
         plan = StorePlan.from_file(f"{files.location}/plan.json", text)
-    except DamagedError as error:
+    except (DamagedError, DiskError) as error:
         found["plan.json"] = _reason(files, "plan.json", error)
     if files.exists("manifest.json"):
         try:
             manifest = load_manifest(files)
-        except DamagedError as error:
+        except (DamagedError, DiskError) as error:
             found["manifest.json"] = _reason(files, "manifest.json", error)
     if plan is None or manifest is None or plan != manifest.plan:
         copy = next(filter(None, (layout.find_plan(files) for layout in LAYOUTS.values())), None)
@@ -135,7 +135,7 @@ def _check_metadata(files: Files) -> tuple[StorePlan | None, StoreManifest | Non
         images = ImageList.from_file(f"{files.location}/{IMAGES_FILE}", files.read(IMAGES_FILE))
         if plan and images.fingerprint != plan.images_fingerprint:
             found[IMAGES_FILE] = "swapped: the images of another store"
-    except DamagedError as error:
+    except (DamagedError, DiskError) as error:
         found[IMAGES_FILE] = _reason(files, IMAGES_FILE, error)
     for file in manifest.metadata if manifest else ():
         if not found.get(file.name, "").startswith("swapped") and (wrong := _wrong_size(files, file)):
@@ -143,7 +143,7 @@ def _check_metadata(files: Files) -> tuple[StorePlan | None, StoreManifest | Non
     return plan, manifest, [Damage(STORE, name, problem) for name, problem in found.items()]
 
 
-def _reason(files: Files, name: str, error: DamagedError) -> str:
+def _reason(files: Files, name: str, error: DamagedError | DiskError) -> str:
     """What is wrong with a file that ends with its own digest."""
     size = files.size(name)
     return f"damaged: {error}" if size else "missing" if size is None else "emptied"
@@ -156,7 +156,7 @@ def _check_receipt(files: Files, plan: StorePlan, index: int, manifest: StoreMan
     try:
         data = files.read(name)
         entry = ShardEntry.from_file(f"{files.location}/{name}", data)
-    except DamagedError as error:
+    except (DamagedError, DiskError) as error:
         return Damage(index, name, _reason(files, name, error))
     if entry.index != index:
         return Damage(index, name, f"swapped: the receipt of shard {entry.index}")
@@ -174,7 +174,7 @@ def _check_shard(files: Files, plan: StorePlan, entry: ShardEntry, owners: dict[
         try:
             LAYOUTS[plan.backend].open_shard(plan, entry, SmallFiles(files))
             return []
-        except DamagedError as error:
+        except (DamagedError, DiskError) as error:
             problem = str(error)
     damage = [wrong for file in entry.files for wrong in _compare(files, entry.index, file, owners)]
     if problem and not damage:  # every file is what the receipt says
@@ -202,7 +202,10 @@ def _compare(files: Files, shard: int, file: FileEntry, owners: dict[str, int]) 
     """What is wrong with a file, read from its first byte to its last."""
     wrong = _wrong_size(files, file)
     if wrong != "missing":
-        digest = files.digest(file.name)
+        try:
+            digest = files.digest(file.name)
+        except (DamagedError, DiskError) as error:
+            return [Damage(shard, file.name, f"unreadable: {error}")]
         if digest == file.digest:
             return []
         if (owner := owners.get(digest, shard)) != shard:

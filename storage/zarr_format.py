@@ -171,6 +171,7 @@ class ZarrShard:
 
     def __init__(self, plan: StorePlan, entry: ShardEntry, files: SmallFiles) -> None:
         self._plan, self._files, self._index = plan, files, entry.index
+        self._arrays = small_arrays(plan)
         self._digests = {file.name: file.digest for file in entry.files}  # the entry itself takes much more memory
         self._jpeg_bytes = entry.file(jpeg_shard_name(entry.index)).num_bytes if plan.stored_views else 0
         name, slots = token_shard_name(entry.index), plan.records_per_shard
@@ -209,7 +210,7 @@ class ZarrShard:
 
     def rows(self, name: str, slots: NDArray[np.int64]) -> NDArray[Any]:
         """Rows of a small array."""
-        row, dtype = small_arrays(self._plan)[name]
+        row, dtype = self._arrays[name]
         file = chunk_name(name, self._index)
         data = self._files.read(file, self._digest(file))  # so its own crc32c needs no look
         shape = (self._plan.records_per_shard, *row)

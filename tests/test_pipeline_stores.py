@@ -152,7 +152,7 @@ def test_a_converted_store_holds_the_same_tokens(decant: Decant, copy_run: Run, 
     store = folder_of(work, "extract")
     missing = decant("convert", store, tmp_path / "tars", "--layout", "wds")
     assert missing.code == 2
-    assert "keeps no rendered views; say where its images are (DATA=...)" in missing.err
+    assert "keeps no rendered views; say where its images are (--data, DATA=...)" in missing.err
     outcome = decant("convert", store, tmp_path / "tars", "--layout", "wds", "--data", images)
     assert outcome.code == 0, outcome.err
     assert f"{tmp_path / 'tars'}: wds, fp16, 32 records" in outcome.out
@@ -201,3 +201,66 @@ def test_extraction_into_tars_ends_in_a_student(decant: Decant, copy_run: Run, t
     assert "warning" not in outcome.out
     held_out = open_store(folder_of(tmp_path / "other", "extract_eval"))
     assert (held_out.plan.backend, held_out.plan.encoding.kind, held_out.plan.num_kept_tokens) == ("zarr", "fp16", 17)
+
+
+def test_repair_forgives_the_bad_images_of_a_finished_store(
+    decant: Decant, make_images: Callable[..., Path], tmp_path: Path, tree_bytes: Read
+) -> None:
+    images, work = make_images(per_class=10), tmp_path / "runs"
+    for name in ("dark/001.png", "light/002.png"):
+        (images / name).write_bytes(b"no picture")
+    allowed = ("--set", "extract.max_bad_fraction=0.3")
+    assert decant("extract", "--preset", "smoke", "--data", images, "--work", work, *allowed).code == 0
+    store = folder_of(work, "extract")
+    before = tree_bytes(store)
+    flip(store / "tokens" / "c" / "1" / "0" / "0")
+    outcome = decant("repair", "--work", work)
+    assert outcome.code == 0, outcome.err
+    assert tree_bytes(store) == before
+
+
+def test_a_converted_store_is_not_repaired_by_extraction(
+    decant: Decant, copy_run: Run, tmp_path: Path, tree_bytes: Read
+) -> None:
+    _, work = copy_run
+    packed = tmp_path / "packed"
+    assert decant("convert", folder_of(work, "extract"), packed, "--encoding", "int8").code == 0
+    flip(packed / "tokens" / "c" / "1" / "0" / "0")
+    before = tree_bytes(packed)
+    outcome = decant("repair", packed, "--work", work)
+    assert outcome.code == 2
+    assert "it was converted; convert its source again, into another folder" in outcome.err
+    assert tree_bytes(packed) == before
+
+
+@pytest.mark.parametrize("target", ["s3://bucket/store", "gs://bucket/store"])
+def test_what_is_behind_a_url_is_only_read(decant: Decant, copy_run: Run, tmp_path: Path, target: str) -> None:
+    _, work = copy_run
+    converted = decant("convert", folder_of(work, "extract"), target)
+    assert converted.code == 2
+    assert f"{target} is a URL, and stores behind URLs are read-only; convert to a folder" in converted.err
+    assert decant("repair", target, "--work", work).code == 2
+    assert not list(tmp_path.glob("s3*")) and not list(tmp_path.glob("gs*"))
+
+
+@pytest.mark.parametrize("fraction", ["0", "-1", "2", "nan"])
+def test_a_share_of_tokens_that_is_none_is_refused(
+    decant: Decant, copy_run: Run, tmp_path: Path, fraction: str
+) -> None:
+    _, work = copy_run
+    outcome = decant("convert", folder_of(work, "extract"), tmp_path / "x", "--token-fraction", fraction)
+    assert outcome.code == 2
+    assert not (tmp_path / "x").exists()
+
+
+def test_verify_goes_on_where_a_file_cannot_be_read(decant: Decant, copy_run: Run) -> None:
+    _, work = copy_run
+    store = folder_of(work, "extract")
+    for name in ("tokens/c/2/0/0", "receipts/00001.json"):
+        (store / name).unlink()
+        (store / name).mkdir()
+    outcome = decant("verify", "--work", work)
+    assert outcome.code == 6
+    assert "shard 2: tokens/c/2/0/0: unreadable" in outcome.out
+    assert "receipts/00001.json: " in outcome.out
+    assert "3 of 4 shards" not in outcome.out

@@ -167,7 +167,7 @@ def test_a_full_disk_is_told_with_what_is_needed(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free / 1e6
     with pytest.raises(DiskError) as error, disk_errors(path, 5_000_000):
         raise OSError(errno.ENOSPC, "")
-    found = re.search(r"disk is full \(([\d,]+) MB free there, 5 MB needed\)", str(error.value))
+    found = re.search(r"disk is full \(([\d,.]+) MB free there, 5\.0 MB needed\)", str(error.value))
     assert found and abs(float(found[1].replace(",", "")) - free) < 0.1 * free + 100 and str(path) in str(error.value)
     with pytest.raises(IsADirectoryError), disk_errors(path):
         raise IsADirectoryError(errno.EISDIR, "")

@@ -200,7 +200,7 @@ def test_missing_views_are_rendered_from_the_images(of_pictures: Any, convert: A
 
 def test_views_without_images_are_refused(of_pictures: Any, convert: Any, tmp_path: Path) -> None:
     source, index = of_pictures
-    with pytest.raises(ConfigError, match=r"plain keeps no rendered views; say where its images are \(DATA=\.\.\.\)"):
+    with pytest.raises(ConfigError, match=r"plain keeps no rendered views; .* images are \(--data, DATA=\.\.\.\)"):
         convert(source, "tars", backend="wds")
     assert not (tmp_path / "tars").exists()
     path = Path(index.location) / index.images.keys[4]

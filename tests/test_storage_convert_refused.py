@@ -7,7 +7,7 @@ import pytest
 
 from storage.convert import convert_store, plan_conversion
 from storage.encodings import BitRound, Encoding, Fp16, Int8, Zstd
-from storage.errors import ConfigError, DamagedError
+from storage.errors import ConfigError, DamagedError, InputError
 from storage.reader import open_store
 from storage.token_subset import TokenSubset
 from tests.fixtures.any_store import INT8, SUBSET
@@ -50,8 +50,8 @@ def test_another_store_is_not_written_over(make_store: Any, tree_bytes: Any, tmp
     other, _, _ = make_store("other", num_images=3)
     before = tree_bytes(other)
     source = open_store(root)
-    for target in (other, root):
-        with pytest.raises(ConfigError, match="holds another store"):
+    for target, said in ((other, "holds another store"), (root, "lies in the store that is converted")):
+        with pytest.raises(ConfigError, match=said):
             convert_store(source, target, plan_conversion(source, backend="wds"))
     assert tree_bytes(other) == before
 
@@ -71,3 +71,31 @@ def test_damage_is_not_carried_over(make_store: Any, tmp_path: Path) -> None:
     unchecked = open_store(root, check="never")
     with pytest.raises(AssertionError, match="check='once'"):
         convert_store(unchecked, tmp_path / "unchecked", plan_conversion(unchecked, backend="wds"))
+
+
+def test_a_folder_with_other_things_is_left_alone(make_store: Any, tree_bytes: Any, tmp_path: Path) -> None:
+    root, _, _ = make_store(**SHAPE)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "cat.jpg").write_bytes(b"a picture")
+    file = tmp_path / "file"
+    file.write_bytes(b"")
+    source = open_store(root)
+    plan = plan_conversion(source, backend="wds", keep_views=False)
+    for target, said in (
+        (pictures, r"holds other files \('cat\.jpg'\); choose an empty folder"),
+        (root / "inside", "lies in the store that is converted"),
+        (file, "is a file; choose a folder"),
+    ):
+        before = tree_bytes(tmp_path)
+        with pytest.raises(ConfigError, match=said):
+            convert_store(source, target, plan)
+        assert tree_bytes(tmp_path) == before
+
+
+def test_images_of_another_folder_are_told(make_store: Any, make_images: Any, tmp_path: Path) -> None:
+    root, _, _ = make_store(num_images=3)
+    source = open_store(root)
+    plan = plan_conversion(source, backend="wds", view_px=8)
+    with pytest.raises(InputError, match=r"is not to be had from .*; give the folder"):
+        convert_store(source, tmp_path / "tars", plan, images_location=str(make_images()))

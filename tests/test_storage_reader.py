@@ -141,7 +141,7 @@ def test_no_store_and_an_unfinished_one(make_store: Any, tmp_path: Path) -> None
     root, _, _ = make_store()
     (root / "manifest.json").unlink()
     with pytest.raises(
-        InputError, match=r"store holds an unfinished store \(no manifest\.json\): run `make extract` to complete it"
+        InputError, match=r"store holds an unfinished store \(no manifest\.json\): complete it with the command that"
     ):
         open_store(root)
 

@@ -115,3 +115,23 @@ def test_an_unfinished_store_is_opened_when_asked_for(begin_store: Any, fill_sha
     for read in (reader.views, reader.read_jpegs, reader.token_statistics):
         with pytest.raises(InputError, match=r"shard 1 of .* is not extracted yet; run `make extract`"):
             read(np.array([0, 6]))
+
+
+def test_a_child_forked_beside_a_reading_thread_reads(make_store: Any, fork: Any) -> None:
+    """The thread holds a lock at that moment; in the child there is no thread that would give it back."""
+    root, _, _ = make_store(num_images=6, images_per_shard=2)
+    reader = open_store(root)
+    records_B = np.arange(reader.plan.num_records)
+    truth = reader.new_batch(len(records_B))
+    reader.read_encoded(records_B, truth)
+
+    def read() -> None:
+        found = reader.new_batch(len(records_B))
+        reader.read_encoded(records_B, found)
+        reader.views(records_B)
+        assert found["tokens"].tobytes() == truth["tokens"].tobytes()
+
+    locks = [reader.files._lock, reader._small_files._lock]
+    with locks[0], locks[1]:
+        child = fork(read)
+    assert os.waitpid(child, 0)[1] == 0
