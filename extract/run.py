@@ -56,7 +56,7 @@ def run(
         pending = [index for index in range(plan.num_shards) if index not in done]
         if done:
             progress.say(f"resuming: {len(done)} of {plan.num_shards} shards are done")
-        _check_bad(cfg, images, done)
+        num_bad = _check_bad(cfg, images, done)
         progress.start(len(images), "images", done=sum(entry.num_images for entry in done.values()))
         make_worker = functools.partial(Worker, cfg, inputs["data"], out_dir)
         failed: list[FailedJob] = []
@@ -68,7 +68,7 @@ def run(
                 progress.say(f"shard {outcome.job} is given up: {outcome.reason}")
                 continue
             done[outcome.index] = outcome
-            num_bad = _check_bad(cfg, images, done)
+            num_bad = _check_bad(cfg, images, done) if outcome.bad_images else num_bad
             progress.advance(outcome.num_images, shards=f"{len(done)}/{plan.num_shards}", bad=num_bad)
         if failed:
             raise QuarantineError(

@@ -33,7 +33,8 @@ def open_store(root: Path | str, *, check: Check = "once", allow_unfinished: boo
     """Open a store by its path or URL; its manifest tells everything else.
 
     Args:
-        check: what a damaged record costs to find. A check takes a third of a read; `once` makes the first epoch pay.
+        check: what a damaged record costs to find. A check takes nearly as long as a read; `once` makes the first
+            epochs pay, as many as there are views.
         allow_unfinished: take a store whose extraction has not ended; the images of missing shards are unusable.
 
     Raises:
