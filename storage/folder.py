@@ -79,7 +79,7 @@ def _check_room(root: Path, plan: StorePlan) -> None:
     needed, free = needed_bytes(plan), shutil.disk_usage(root).free
     if needed > free:
         raise DiskError(
-            f"the store needs {needed / 1e6:,.1f} MB at {root}, where {free / 1e6:,.1f} MB are free; choose another "
+            f"the store needs {needed / 1e6:,.3f} MB at {root}, where {free / 1e6:,.3f} MB are free; choose another "
             "folder, or a smaller store (fewer VIEWS, ENCODING=int8)"
         )
 

@@ -195,7 +195,7 @@ def test_no_room_is_seen_before_the_work(
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     outcome = decant("extract", *SMOKE, "--data", make_images())
-    check(outcome, 2, "the store needs", "GB are free", "choose another WORK folder, or fewer VIEWS")
+    check(outcome, 2, "the store needs 0.0", "where 0.001 MB are free", "a smaller store (fewer VIEWS, ENCODING=int8)")
 
 
 def test_our_own_bug_is_one_line_and_a_file(

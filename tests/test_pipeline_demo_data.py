@@ -65,7 +65,7 @@ def test_half_a_copy_is_not_taken_for_the_whole(package: Path, tmp_path: Path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(demo_data.shutil, "copyfile", full)
-        with pytest.raises(DiskError, match=r"the disk is full .*100 MB needed"):
+        with pytest.raises(DiskError, match=r"the disk is full .*100\.0 MB needed"):
             prepare_solar_cells(tmp_path / "cells")
     assert not (tmp_path / "cells").exists()
     assert len(files(prepare_solar_cells(tmp_path / "cells"))) == 4
