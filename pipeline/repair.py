@@ -12,6 +12,7 @@ from storage.errors import ConfigError, DamagedError
 from storage.folder import find_plan
 from storage.image_index import load_index
 from storage.lock import hold_lock
+from storage.records import StorePlan
 from storage.stage import Progress
 from storage.verify import STORE, Damage, check_structure, discard_shard, iter_data_damage, sample_shards
 
@@ -67,8 +68,8 @@ def repair_store(workspace: Workspace, root: Path, health: Health, progress: Pro
         ConfigError: nothing tells how the store was made, or where its images are.
         DamagedError: some damage is still there.
     """
-    cfg, data_path = _settings_of(workspace, root), _find_images(workspace, root)
     plan = find_plan(root)
+    cfg, data_path = _settings_of(workspace, root, plan), _find_images(workspace, root, plan)
     if plan is not None and (plan.backend, plan.encoding.kind, plan.token_subset) != (
         cfg.layout, cfg.encoding.kind, cfg.token_subset
     ):  # fmt: skip
@@ -85,7 +86,7 @@ def repair_store(workspace: Workspace, root: Path, health: Health, progress: Pro
         raise DamagedError(f"after the repair {describe(root, left[0])}; delete {root} and extract it again")
 
 
-def _settings_of(workspace: Workspace, root: Path) -> ExtractConfig:
+def _settings_of(workspace: Workspace, root: Path, plan: StorePlan | None) -> ExtractConfig:
     """The settings that a store was extracted with; how to work comes from the last command."""
     current = load_current(workspace)
     before = PipelineConfig.checked(current, str(workspace.current_path)) if current else None
@@ -93,7 +94,7 @@ def _settings_of(workspace: Workspace, root: Path) -> ExtractConfig:
     if result is not None:
         made_with = ExtractConfig.checked(result.config, f"{root}/result.json")
     else:
-        plan, candidates = find_plan(root), (before.extract, before.extract_eval) if before else ()
+        candidates = (before.extract, before.extract_eval) if before else ()
         fitting = [
             cfg for cfg in candidates
             if plan and (cfg.teacher, cfg.views, cfg.sampler.to_json())
@@ -105,16 +106,15 @@ def _settings_of(workspace: Workspace, root: Path) -> ExtractConfig:
                 "it was made; give the command that made it, with its options and --work, then `make repair` again"
             )
         made_with = fitting[0]
-    if before is None:
-        return made_with.model_copy(update={"max_bad_fraction": 1.0})
-    weights = before.extract.weights if before.extract.teacher == made_with.teacher else None
-    # the bad images of a store that was finished were accepted once
-    return made_with.model_copy(update={"run": before.extract.run, "weights": weights, "max_bad_fraction": 1.0})
+    changes: dict[str, object] = {"max_bad_fraction": 1.0}  # the store's bad images were accepted once
+    if before is not None:
+        weights = before.extract.weights if before.extract.teacher == made_with.teacher else None
+        changes |= {"run": before.extract.run, "weights": weights}
+    return made_with.model_copy(update=changes)
 
 
-def _find_images(workspace: Workspace, root: Path) -> Path:
+def _find_images(workspace: Workspace, root: Path, plan: StorePlan | None) -> Path:
     """The index file of the images that a store was made from."""
-    plan = find_plan(root)
     for path in _indexes(workspace):
         index = load_index(path)
         if plan and plan.images_fingerprint in (index.split("train").fingerprint, index.split("eval").fingerprint):

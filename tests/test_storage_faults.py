@@ -200,7 +200,8 @@ def test_a_real_limit_of_file_sizes(
 
     def work() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        with pytest.raises(DiskError, match=r"file-size limit.*raise the limit .*, then give the same command"):
+        advice = r"raise the limit \(`ulimit -f`\), then give the same command again"
+        with pytest.raises(DiskError, match=rf"file-size limit.*{advice}"):
             fill(root)
 
     if limit == 300:

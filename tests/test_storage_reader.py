@@ -140,9 +140,8 @@ def test_no_store_and_an_unfinished_one(make_store: Any, tmp_path: Path) -> None
             open_store(folder)
     root, _, _ = make_store()
     (root / "manifest.json").unlink()
-    with pytest.raises(
-        InputError, match=r"store holds an unfinished store \(no manifest\.json\): complete it with the command that"
-    ):
+    advice = "complete it with the command that began it, `make extract` or `make convert`"
+    with pytest.raises(InputError, match=rf"store holds an unfinished store \(no manifest\.json\): {advice}"):
         open_store(root)
 
 
@@ -283,3 +282,24 @@ def test_errors_leave_no_file_open(make_store: Any) -> None:
         with pytest.raises(DamagedError):
             batch(reader, [2, 0])
     assert before in (0, len(os.listdir("/proc/self/fd")))
+
+
+@pytest.mark.parametrize("part", [1, 7, 50])
+def test_a_system_that_gives_a_part_at_a_time(make_store: Any, monkeypatch: pytest.MonkeyPatch, part: int) -> None:
+    """As network file systems may: only a read of nothing is the end of a file."""
+    root, plan, _ = make_store()
+    records_B = np.arange(plan.num_records)
+    whole_BTC, found_BTC = (np.empty((len(records_B), *plan.shape_TC), np.float16) for _ in range(2))
+    open_store(root).read_batch(records_B, whole_BTC)
+    preadv = os.preadv
+
+    def short(descriptor: int, targets: Any, offset: int) -> int:
+        places = [memoryview(target).cast("B") for target in targets]
+        return preadv(descriptor, [next(place for place in places if len(place))[:part]], offset)
+
+    monkeypatch.setattr(os, "preadv", short)
+    open_store(root, check="always").read_batch(records_B, found_BTC)
+    assert found_BTC.tobytes() == whole_BTC.tobytes()
+    monkeypatch.setattr(os, "preadv", lambda descriptor, targets, offset: 0)
+    with pytest.raises(DamagedError, match="ends before byte"):
+        open_store(root).read_batch(records_B, found_BTC)
