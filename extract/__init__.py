@@ -1,11 +1,16 @@
 """Images to whitened teacher tokens.
 
-config.py    settings; imports no deep-learning library
-teachers.py  the table of teachers: data only
-weights.py   where a teacher's weights come from, and their fingerprint
-backends.py  a teacher's row of data to a module that gives tokens
-whiten.py    per-token standardisation
-worker.py    one shard: read, render, forward, whiten, commit
-cluster.py   many shards: in this process or on Ray (the only file that imports ray)
-run.py       the stage
+config.py      settings; imports no deep-learning library
+spec.py        what is known about a teacher before its weights are loaded
+teachers.py    the table of teachers: data only
+resolve.py     the teacher that settings ask for
+weights.py     where a teacher's weights come from, and their fingerprint
+backends.py    a teacher's row of data to a module that gives tokens
+teacher.py     a frozen teacher: pixels to tokens, in a precision
+batch_size.py  how many views go through it at a time
+whiten.py      per-token standardisation
+plan.py        a store's plan, before anything is extracted
+worker.py      one shard: read, render, forward, whiten, commit
+cluster.py     many shards: in this process or on Ray (the only file that imports ray)
+run.py         the stage
 """

@@ -1,19 +1,15 @@
 """A teacher's row of data to a frozen module that gives its tokens. One builder a library."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from extract.teachers import TeacherSpec
-from extract.weights import load_weights_file, locate_weights, tensor_fingerprint
-from storage.errors import ConfigError, InputError
-
-Forward = Callable[[Tensor], Tensor]
-"""Normalised images (B, 3, H, W) to tokens (B, T, C)."""
-
+from extract.spec import TeacherSpec
+from extract.teacher import Forward, Teacher, choose_device
+from extract.weights import WeightsSource, load_weights_file, locate_weights
+from storage.errors import InputError
 
 State = dict[str, Tensor]
 
@@ -25,71 +21,38 @@ class _Built(NamedTuple):
     """Tensors of a weights file to those of the module, as the library itself does it for its own files."""
 
 
-class Teacher:
-    """A frozen teacher: uint8 pixels in, float32 tokens out."""
-
-    def __init__(
-        self, spec: TeacherSpec, module: nn.Module, forward: Forward, input_px: int, device: torch.device
-    ) -> None:
-        self.spec, self.input_px, self.device = spec, input_px, device
-        self.features = spec.feature_spec(input_px)
-        self.fingerprint = tensor_fingerprint(module.state_dict())
-        module.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
-        self.module, self._forward = module, forward
-        self._mean = torch.tensor(spec.mean, device=device).view(1, 3, 1, 1)
-        self._std = torch.tensor(spec.std, device=device).view(1, 3, 1, 1)
-
-    @torch.inference_mode()
-    def __call__(self, pixels_BHWC: Tensor) -> Tensor:
-        """Tokens of uint8 views of side `input_px`: (B, T, C) float32, prefix tokens first, then the grid by rows."""
-        images_BCHW = pixels_BHWC.to(self.device).permute(0, 3, 1, 2).float().div_(255)
-        images_BCHW = images_BCHW.sub_(self._mean).div_(self._std).contiguous(memory_format=torch.channels_last)
-        tokens_BTC = self._forward(images_BCHW).float()
-        if tokens_BTC.shape[1:] != self.features.shape_TC:
-            raise ConfigError(
-                f"teacher {self.spec.name!r} gave tokens {tuple(tokens_BTC.shape[1:])} at {self.input_px} px, expected "
-                f"{self.features.shape_TC}: choose an input size that its patch of {self.spec.patch_px} px divides"
-            )
-        return tokens_BTC
-
-
 def load_teacher(
-    spec: TeacherSpec, *, weights: Path | None = None, input_px: int | None = None, device: str = "auto"
-) -> Teacher:
+    spec: TeacherSpec, *, weights: WeightsSource | None = None, device: str = "auto", precision: str = "float32",
+    is_compiled: bool = False, channels_last: bool = True,
+) -> Teacher:  # fmt: skip
     """Build a teacher and fill in its weights.
 
     Args:
-        weights: a local file instead of the row's own source.
-        input_px: another input size; position embeddings are resampled.
+        spec: with the wanted input size and tap (`TeacherSpec.at`); position embeddings are resampled.
+        weights: a local file instead of the row's own source, or `random`.
 
     Raises:
         InputError: weights that cannot be had or do not fit.
     """
     path = locate_weights(spec, weights)
-    built = BUILDERS[spec.library](spec, input_px or spec.input_px, spec.weights.startswith("hub") and path is None)
+    from_hub = spec.weights.startswith("hub") and weights is None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # random weights are the same everywhere
+        built = BUILDERS[spec.library](spec, from_hub)
     if path is not None:
         load_weights_file(built.module, spec, path, built.fit)
-    return Teacher(spec, built.module, built.forward, input_px or spec.input_px, choose_device(device))
+    return Teacher(
+        spec, built.module, built.forward, choose_device(device), precision=precision, is_compiled=is_compiled,
+        channels_last=channels_last,
+    )  # fmt: skip
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one.
-
-    Raises:
-        ConfigError: a GPU was asked for and there is none.
-    """
-    has_gpu = torch.cuda.is_available()
-    if name == "cuda" and not has_gpu:
-        raise ConfigError("device=cuda was asked for, but torch sees no GPU; use device=cpu, or check the driver")
-    return torch.device("cuda" if name != "cpu" and has_gpu else "cpu")
-
-
-def _build_timm(spec: TeacherSpec, input_px: int, from_hub: bool) -> _Built:
+def _build_timm(spec: TeacherSpec, from_hub: bool) -> _Built:
     import timm
     from timm.models.vision_transformer import checkpoint_filter_fn
 
-    is_map = spec.tap == "last_stage"
-    size = {} if is_map else {"img_size": input_px}
+    is_map = spec.tap == "block"
+    size = {} if is_map else {"img_size": spec.input_px}
     module: Any = _from_hub(spec, lambda: timm.create_model(spec.model, pretrained=from_hub, **size))
 
     def last_stage(images_BCHW: Tensor) -> Tensor:
@@ -102,13 +65,14 @@ def _build_timm(spec: TeacherSpec, input_px: int, from_hub: bool) -> _Built:
     return _Built(module, module.forward_features, lambda state: checkpoint_filter_fn(state, module))
 
 
-def _build_open_clip(spec: TeacherSpec, input_px: int, from_hub: bool) -> _Built:
+def _build_open_clip(spec: TeacherSpec, from_hub: bool) -> _Built:
     import open_clip
     from open_clip.model import resize_pos_embed
 
     tag = spec.weights.partition(":")[2] if from_hub else None
+    size = spec.input_px
     model: Any = _from_hub(
-        spec, lambda: open_clip.create_model(spec.model, pretrained=tag, precision="fp32", force_image_size=input_px)
+        spec, lambda: open_clip.create_model(spec.model, pretrained=tag, precision="fp32", force_image_size=size)
     )
     visual = model.visual
 
@@ -161,12 +125,12 @@ class ToyTeacher(nn.Module):
         return normed_BTC
 
 
-def _build_toy(spec: TeacherSpec, input_px: int, from_hub: bool) -> _Built:
+def _build_toy(spec: TeacherSpec, from_hub: bool) -> _Built:
     module = ToyTeacher(spec)
     return _Built(module, module)
 
 
-BUILDERS: dict[str, Callable[[TeacherSpec, int, bool], _Built]] = {
+BUILDERS: dict[str, Callable[[TeacherSpec, bool], _Built]] = {
     "timm": _build_timm,
     "open_clip": _build_open_clip,
     "toy": _build_toy,

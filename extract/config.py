@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from extract.spec import Tap
 from storage.encodings import AnyEncoding, Fp16
 from storage.schema import Schema
 from storage.token_subset import TokenSubset
@@ -20,8 +21,12 @@ class ExecutionConfig(Schema):
     """Actors that run a teacher; 0 is one a GPU, or one a CPU core (at most 8)."""
     threads: int = Field(default=1, ge=1)
     """CPU threads of a worker."""
-    batch_size: int = Field(default=32, ge=1)
-    """Views in one forward pass."""
+    batch_size: int = Field(default=0, ge=0)
+    """Views in one forward pass; 0: as many as the free memory holds well."""
+    compile: bool = False
+    """Let torch.compile make the teacher's forward pass: minutes at the start, then faster on a GPU."""
+    channels_last: bool = True
+    """Memory format of images and convolutions."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     ray_address: str | None = None
     """Join this cluster instead of starting a local Ray."""
@@ -36,10 +41,16 @@ class ExtractConfig(Schema):
 
     teacher: str = "clip-b"
     """A name of `make teachers`."""
-    weights: Path | None = None
-    """A local weights file instead of the teacher's own source."""
+    weights: Literal["random"] | Path | None = None
+    """A local weights file instead of the teacher's own source, or `random`: for what a teacher costs."""
     input_px: int | None = Field(default=None, ge=16)
     """Side of the teacher's input; None is the teacher's own."""
+    tap: Tap | None = None
+    """Which tokens: `final_norm`, `block` (without the norm) or `projected` (CLIP); None is the teacher's own."""
+    block: int | None = None
+    """An earlier block (of hierarchical networks: stage), counted from 0, or from the end if negative."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the teacher's matrix products; `auto`: float16 on a GPU, float32 on a CPU. Whitening is always in float32."""
     split: Literal["train", "eval"] = "train"
     views: int = Field(default=4, ge=1)
     """Stored views an image."""

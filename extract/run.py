@@ -9,20 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from extract.backends import Teacher, load_teacher
 from extract.cluster import FailedJob, run_jobs
 from extract.config import ExtractConfig
-from extract.teachers import find_teacher
-from extract.whiten import SETTINGS as WHITENING
-from extract.worker import Worker, sample_tokens
-from storage.encodings import Encoding, fit_encoding, is_fitted
+from extract.plan import build_plan
+from extract.worker import Worker
 from storage.errors import InputError, QuarantineError
-from storage.folder import create_store, find_plan, finish_store, sweep
+from storage.folder import create_store, finish_store, sweep
 from storage.image_index import ImageList, load_index
-from storage.jpeg import ViewCodec
 from storage.lock import hold_lock
 from storage.receipts import committed_shards, read_receipt
-from storage.records import ShardEntry, StoredViews, StorePlan
+from storage.records import ShardEntry
 from storage.stage import Progress, SilentProgress, stop_on_signals
 
 
@@ -89,53 +85,11 @@ def run(
         "channels": plan.features.channels,
         "layout": plan.backend,
         "encoding": plan.encoding.kind,
+        "precision": plan.teacher["precision"],
         "bytes": manifest.num_bytes,
         "bad_images": [bad.to_json() for bad in manifest.bad_images],
         "extracted_views_per_second": round(extracted / seconds, 2) if pending else None,
     }
-
-
-def build_plan(cfg: ExtractConfig, images: ImageList, out_dir: Path) -> StorePlan:
-    """Load the teacher once, here, to learn who it is; workers load their own copies and compare."""
-    spec = find_teacher(cfg.teacher)
-    device = "cpu" if is_fitted(cfg.encoding) else cfg.run.device
-    teacher = load_teacher(spec, weights=cfg.weights, input_px=cfg.input_px, device=device)
-    row = spec.model_dump(mode="json", exclude={"weights", "state_keys", "licence"}) | {"input_px": teacher.input_px}
-    views = None
-    if cfg.keeps_views:
-        codec = ViewCodec(px=teacher.input_px, quality=cfg.view_quality)
-        views = StoredViews(px=teacher.input_px, codec=codec.describe())
-    plan = StorePlan(
-        backend=cfg.layout,
-        features=teacher.features,
-        whitening=WHITENING,
-        encoding=cfg.encoding,
-        token_subset=cfg.token_subset,
-        stored_views=views,
-        labels_fingerprint=images.labels_fingerprint if cfg.layout == "wds" else "",
-        sampler=cfg.sampler.to_json(),
-        renderer=cfg.renderer.describe(),
-        images_fingerprint=images.fingerprint,
-        teacher_fingerprint=teacher.fingerprint,
-        teacher=row,
-        num_images=len(images),
-        views_per_image=cfg.views,
-        images_per_shard=cfg.images_per_shard,
-    )
-    if is_fitted(plan.encoding):
-        return plan
-    return plan.model_copy(update={"encoding": _fitted_encoding(cfg, plan, images, teacher, out_dir)})
-
-
-def _fitted_encoding(
-    cfg: ExtractConfig, plan: StorePlan, images: ImageList, teacher: Teacher, out_dir: Path
-) -> Encoding:
-    """The encoding with what it learns from a sample of views; that of the store in `out_dir`, where it has begun: on
-    another machine a fit may differ in its last digits, and with it the store."""
-    begun = find_plan(out_dir)
-    if begun is not None and begun.model_copy(update={"encoding": cfg.encoding}) == plan:
-        return begun.encoding
-    return fit_encoding(plan.encoding, sample_tokens(plan, images, teacher, cfg.fit_views, cfg.run.batch_size))
 
 
 def _check_bad(cfg: ExtractConfig, images: ImageList, done: Mapping[int, ShardEntry]) -> int:

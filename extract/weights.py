@@ -3,27 +3,37 @@
 import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from extract.teachers import TeacherSpec
+from extract.spec import TeacherSpec
 from storage.errors import InputError
 from storage.fingerprint import digest_file, digest_parts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+WeightsSource = Path | Literal["random"]
+"""What a user may give instead of a row's own source; `random` for what a teacher costs, not for what it knows."""
 
-def locate_weights(spec: TeacherSpec, override: Path | None) -> Path | None:
-    """The weights file of a teacher; None where the library brings them itself, or for random weights.
+
+def locate_weights(spec: TeacherSpec, override: WeightsSource | None) -> Path | None:
+    """The weights file of a teacher; None where the library or the module brings them itself, or for random weights.
 
     Raises:
         InputError: the file or the package is missing; says how to provide it.
     """
+    if override == "random":
+        return None
     if override is not None:
         path = override.expanduser()
         if not path.is_file():
             raise InputError(f"no weights file {path} for teacher {spec.name!r}; check WEIGHTS=<file>")
         return path
+    if spec.weights == "file":
+        raise InputError(
+            f"the weights of teacher {spec.name!r} were never published: give your own with WEIGHTS=<file>, or "
+            "WEIGHTS=random to see what it costs"
+        )
     if not spec.weights.startswith("package:"):
         return None
     _, module, inside = spec.weights.split(":")
@@ -36,13 +46,13 @@ def locate_weights(spec: TeacherSpec, override: Path | None) -> Path | None:
     return Path(found.origin).parent / inside
 
 
-def weights_identity(spec: TeacherSpec, override: Path | None) -> str:
+def weights_identity(spec: TeacherSpec, override: WeightsSource | None) -> str:
     """A cheap name of the weights for skip decisions: the file's digest, or the hub's name for them.
 
     The store itself is bound to `tensor_fingerprint`, which is checked whenever a teacher is loaded.
     """
     path = locate_weights(spec, override)
-    return f"{spec.model}:{spec.weights}" if path is None else digest_file(path)
+    return f"{spec.model}:{override or spec.weights}" if path is None else digest_file(path)
 
 
 def tensor_fingerprint(state: "Mapping[str, Tensor]") -> str:

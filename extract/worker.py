@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from extract.backends import Teacher, load_teacher
+from extract.backends import load_teacher
+from extract.batch_size import choose_batch_size
 from extract.config import ExtractConfig
-from extract.teachers import find_teacher
+from extract.resolve import resolve_teacher
+from extract.teacher import Teacher
 from extract.whiten import whiten
 from storage.errors import BadImageError, ConfigError, InputError
 from storage.folder import load_plan
@@ -48,7 +50,7 @@ def extract_shard(
         DiskError: no room.
     """
     writer = ShardWriter(root, plan, images, index)
-    renderer = ViewRenderer(plan, images, teacher.input_px)
+    renderer = ViewRenderer(plan, images, teacher.spec.input_px)
     with ThreadPoolExecutor(1) as pool:
         shard_images = pool.map(renderer.render, plan.images_of_shard(index))
         views = itertools.chain.from_iterable(shard_images)
@@ -117,15 +119,13 @@ def _batches(views: Iterator[_Rendered | _Unusable], writer: ShardWriter, batch_
         yield batch
 
 
-def sample_tokens(
-    plan: StorePlan, images: ImageList, teacher: Teacher, num_views: int, batch_size: int
-) -> NDArray[np.float16]:
+def sample_tokens(plan: StorePlan, images: ImageList, teacher: Teacher, num_views: int) -> NDArray[np.float16]:
     """Whitened tokens (R, T, C) of views of images that are spread evenly over the list, one view each.
 
     Raises:
         InputError: none of these images can be used.
     """
-    renderer = ViewRenderer(plan, images, teacher.input_px)
+    renderer = ViewRenderer(plan, images, teacher.spec.input_px)
     positions = np.unique(np.linspace(0, len(images) - 1, min(num_views, len(images))).astype(np.int64))
     rendered = [view for position in positions.tolist() for view in renderer.render(position)[:1]]
     views = [view for view in rendered if isinstance(view, _Rendered)]
@@ -133,6 +133,7 @@ def sample_tokens(
         raise InputError(
             f"none of {len(positions)} images of {images.location} can be decoded; is it the right folder?"
         )
+    batch_size = choose_batch_size(teacher)
     batches = [views[first : first + batch_size] for first in range(0, len(views), batch_size)]
     tokens = [
         whiten(teacher(torch.from_numpy(np.stack([v.pixels_HWC for v in batch]))), [v.key for v in batch]).tokens_BTC
@@ -147,17 +148,19 @@ class Worker:
 
     def __init__(self, cfg: ExtractConfig, data: Path, root: Path) -> None:
         torch.set_num_threads(cfg.run.threads)
-        self.root, self.batch_size = root, cfg.run.batch_size
+        self.root = root
         self.plan = load_plan(root)
         self.images = load_index(data).split(cfg.split)
         self.teacher = load_teacher(
-            find_teacher(cfg.teacher), weights=cfg.weights, input_px=cfg.input_px, device=cfg.run.device
-        )
+            resolve_teacher(cfg), weights=cfg.weights, device=cfg.run.device, precision=self.plan.teacher["precision"],
+            is_compiled=cfg.run.compile, channels_last=cfg.run.channels_last,
+        )  # fmt: skip
         if self.teacher.fingerprint != self.plan.teacher_fingerprint:
             raise ConfigError(
                 f"this worker's weights of {cfg.teacher!r} are {self.teacher.fingerprint}, the store's are "
                 f"{self.plan.teacher_fingerprint}; give every machine the same weights file"
             )
+        self.batch_size = choose_batch_size(self.teacher, cfg.run.batch_size)
 
     def __call__(self, index: int) -> ShardEntry:
         return extract_shard(

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from extract.config import ExtractConfig
-from extract.teachers import find_teacher
+from extract.resolve import resolve_teacher
 from extract.weights import weights_identity
 from pipeline import provenance
 from pipeline.config import PipelineConfig, differences
@@ -81,7 +81,7 @@ def make_plan(
     Raises:
         ConfigError, InputError: settings or data that cannot work.
     """
-    find_teacher(config.extract.teacher)
+    resolve_teacher(config.extract)
     index = _list_images(config, workspace, progress)
     data_path = workspace.data_path(index.location, index.fingerprint)
     listing = index.to_file()
@@ -118,7 +118,7 @@ def _plan_stage(
     if stage.data:
         inputs["data"] = index.fingerprint if stage.data == "all" else index.split(stage.data).fingerprint
     if isinstance(settings, ExtractConfig):
-        inputs["weights"] = weights_identity(find_teacher(settings.teacher), settings.weights)
+        inputs["weights"] = weights_identity(resolve_teacher(settings), settings.weights)
     fingerprint = digest_json(
         {"stage": stage.name, "version": stage.version, "settings": settings.identity(), "inputs": inputs}
     )

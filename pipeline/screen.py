@@ -5,7 +5,8 @@ import shutil
 from rich.console import Console
 from rich.table import Table
 
-from extract.teachers import TEACHERS, find_teacher
+from extract.resolve import resolve_teacher
+from extract.teachers import TEACHERS
 from pipeline.runner import Plan
 from pipeline.stages import STAGES
 from pipeline.tables import Row, findings, result_rows
@@ -40,11 +41,9 @@ def show_plan(plan: Plan, stages: tuple[str, ...]) -> None:
 
 def _store_size(plan: Plan, images: int) -> str:
     cfg = plan.config.extract
-    spec = find_teacher(cfg.teacher)
-    px = cfg.input_px or spec.input_px
-    each = needed_record_bytes(
-        spec.feature_spec(px), cfg.layout, cfg.encoding, cfg.token_subset, px if cfg.keeps_views else None
-    )
+    spec = resolve_teacher(cfg)
+    px = spec.input_px if cfg.keeps_views else None
+    each = needed_record_bytes(spec.feature_spec(), cfg.layout, cfg.encoding, cfg.token_subset, px)
     needed = images * cfg.views * each
     free = shutil.disk_usage(nearest_existing(plan.workspace.root)).free
     needs = f"{images:,} images x {cfg.views} views x {each / 1e3:,.0f} kB = {needed / 1e9:,.2f} GB"

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from extract.backends import Teacher, load_teacher
+from extract.backends import load_teacher
+from extract.teacher import Teacher
 from extract.teachers import find_teacher
 from extract.weights import locate_weights
 from storage.errors import ConfigError
@@ -109,6 +110,6 @@ def test_tokens_stand_where_the_image_is(teacher: Teacher) -> None:
 
 
 def test_a_size_that_the_stride_does_not_divide_is_refused() -> None:
-    teacher = load_teacher(SPEC, input_px=100, device="cpu")
+    teacher = load_teacher(SPEC.at(input_px=100), device="cpu")
     with pytest.raises(ConfigError, match=r"gave tokens \(16, 320\) at 100 px, expected \(9, 320\)"):
         teacher(torch.zeros(1, 100, 100, 3, dtype=torch.uint8))

@@ -58,7 +58,7 @@ def test_every_record_is_what_the_teacher_says_about_its_view(
     metrics = run(cfg, {"data": data}, tmp_path / "store")
     reader, images = open_store(tmp_path / "store"), load_index(data).split("train")
     arrays = zarr.open_group(str(tmp_path / "store"), mode="r")
-    teacher = load_teacher(find_teacher("toy"), input_px=input_px, device="cpu")
+    teacher = load_teacher(find_teacher("toy").at(input_px=input_px), device="cpu")
     resample = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[kernel]
 
     records = [record for shard in range(reader.plan.num_shards) for record in reader.iter_shard(shard)]
@@ -69,8 +69,8 @@ def test_every_record_is_what_the_teacher_says_about_its_view(
         path = Path(images.location) / record.key
         width, height = Image.open(path).size
         assert record.view == sampler.view(record.key, record.view_index, (height, width))
-        pixels = renderer.render_view(decode_image(path.read_bytes()), record.view, teacher.input_px)
-        plain = render_plainly(path, record.view, teacher.input_px, resample)
+        pixels = renderer.render_view(decode_image(path.read_bytes()), record.view, teacher.spec.input_px)
+        plain = render_plainly(path, record.view, teacher.spec.input_px, resample)
         # two libraries round their filters' weights; bicubic ones overshoot, and so do their differences
         assert np.abs(pixels.astype(int) - plain).max() <= {"bilinear": 1, "bicubic": 2}[kernel]
         raw = teacher(torch.from_numpy(pixels.copy())[None])[0]

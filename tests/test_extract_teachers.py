@@ -11,8 +11,10 @@ import timm
 import torch
 from torch import Tensor
 
-from extract.backends import Teacher, choose_device, load_teacher
-from extract.teachers import TEACHERS, TeacherSpec, find_teacher
+from extract.backends import load_teacher
+from extract.spec import TeacherSpec
+from extract.teacher import Teacher, choose_device
+from extract.teachers import TEACHERS, find_teacher
 from storage.errors import ConfigError, InputError
 
 HUB = [spec for spec in TEACHERS.values() if spec.weights.startswith("hub")]
@@ -223,7 +225,7 @@ def test_another_input_size_resamples_position_embeddings(clip_spec: TeacherSpec
         (PLAIN_VIT, tmp_path / "vit.safetensors", 96, "pos_embed", "pos_embed"),
     ]
     for spec, path, input_px, name_in_file, name in cases:
-        teacher: Teacher = load_teacher(spec, weights=path, input_px=input_px, device="cpu")
+        teacher: Teacher = load_teacher(spec.at(input_px=input_px), weights=path, device="cpu")
         side = input_px // spec.patch_px
         assert teacher.features.grid_hw == (side, side)
         assert teacher(some_pixels(input_px)).shape[1:] == teacher.features.shape_TC

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from extract.backends import load_teacher
-from extract.teachers import TEACHERS, TeacherSpec, find_teacher
+from extract.spec import TeacherSpec
+from extract.teachers import TEACHERS, find_teacher
 from extract.weights import locate_weights, tensor_fingerprint, weights_identity
 from storage.errors import InputError
 

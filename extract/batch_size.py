@@ -1,0 +1,56 @@
+"""How many views go through a teacher at a time, where nobody has said it."""
+
+import os
+
+import torch
+
+from extract.teacher import Teacher
+
+_MOST = {"cpu": 32, "cuda": 512}
+"""More gains nothing: a CPU's caches are full long before, a GPU is busy."""
+_SHARE = 0.7
+"""Of the free memory, so that a neighbour may grow."""
+_LIVE_COPIES = 24
+"""Estimate of how many float32 arrays as large as a layer's tokens live at once on a CPU: queries, keys, values, the
+MLP's hidden layer, and what the allocator has not given back."""
+
+
+def choose_batch_size(teacher: Teacher, wanted: int = 0) -> int:
+    """`wanted`, or as many views as the free memory holds well: measured on a GPU, estimated on a CPU.
+
+    A power of two, so that machines of one kind choose alike.
+    """
+    if wanted:
+        return wanted
+    if teacher.device.type == "cuda":
+        free_bytes, view_bytes = torch.cuda.mem_get_info(teacher.device)[0], _measured_view_bytes(teacher)
+    else:
+        free_bytes, view_bytes = free_memory_bytes(), _estimated_view_bytes(teacher)
+    return fitting(free_bytes, view_bytes, _MOST[teacher.device.type])
+
+
+def fitting(free_bytes: int, view_bytes: int, most: int) -> int:
+    """The largest power of two that fits into the free memory, 1 at least, `most` at most."""
+    room = min(most, int(free_bytes * _SHARE) // max(1, view_bytes))
+    return 1 << max(0, room.bit_length() - 1)
+
+
+def free_memory_bytes() -> int:
+    """Memory that the system could still give."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _estimated_view_bytes(teacher: Teacher) -> int:
+    """A network's widest layer holds about as many values as its image or its tokens, whichever is more."""
+    tokens, channels = teacher.features.shape_TC
+    return 4 * _LIVE_COPIES * max(tokens * channels, 3 * teacher.spec.input_px**2)
+
+
+def _measured_view_bytes(teacher: Teacher) -> int:
+    """What each further view adds to the peak of a forward pass."""
+    px, peaks = teacher.spec.input_px, []
+    for count in (1, 5):
+        torch.cuda.reset_peak_memory_stats(teacher.device)
+        teacher(torch.zeros(count, px, px, 3, dtype=torch.uint8))
+        peaks.append(torch.cuda.max_memory_allocated(teacher.device))
+    return max(1, (peaks[1] - peaks[0]) // 4)
