@@ -7,6 +7,7 @@ resolve.py     the teacher that settings ask for
 weights.py     where a teacher's weights come from, and their fingerprint
 backends.py    a teacher's row of data to a module that gives tokens
 teacher.py     a frozen teacher: pixels to tokens, in a precision
+precision.py   how far its fast path is from float32
 batch_size.py  how many views go through it at a time
 whiten.py      per-token standardisation
 plan.py        a store's plan, before anything is extracted

@@ -41,9 +41,14 @@ def free_memory_bytes() -> int:
 
 
 def _estimated_view_bytes(teacher: Teacher) -> int:
-    """A network's widest layer holds about as many values as its image or its tokens, whichever is more."""
-    tokens, channels = teacher.features.shape_TC
-    return 4 * _LIVE_COPIES * max(tokens * channels, 3 * teacher.spec.input_px**2)
+    """A network's widest layer holds about as many values as its image or its tokens; those of a hierarchical network's
+    first stage, whose grid is the finest, are more than its last one's."""
+    spec, (tokens, channels) = teacher.spec, teacher.features.shape_TC
+    values = [tokens * channels, 3 * spec.input_px**2]
+    if spec.stage_channels:
+        first_px = spec.patch_px / 2 ** spec.stage_channels.index(spec.channels)
+        values.append(int((spec.input_px / first_px) ** 2) * spec.stage_channels[0])
+    return 4 * _LIVE_COPIES * max(values)
 
 
 def _measured_view_bytes(teacher: Teacher) -> int:

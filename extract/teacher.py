@@ -1,8 +1,6 @@
 """A frozen teacher: uint8 pixels in, float32 tokens out, in the precision that was asked for."""
 
-import contextlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +35,9 @@ class Teacher:
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         module.to(memory_format=self._memory_format)  # type: ignore[call-overload]
         self.module = module
-        self._forward: Forward = torch.compile(forward) if is_compiled else forward
+        self._plain, self._fast = forward, torch.compile(forward) if is_compiled else forward
+        self.is_exact = precision == "float32" and not is_compiled
+        """Whether `in_float32` would give the same."""
         self._mean = torch.tensor(spec.mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(spec.std, device=device).view(1, 3, 1, 1)
 
@@ -52,7 +52,7 @@ class Teacher:
             InputError: one view alone does not fit into the GPU's memory.
         """
         try:
-            tokens_BTC = self._tokens(pixels_BHWC)
+            tokens_BTC = self._tokens(pixels_BHWC, self._fast, self.precision)
         except torch.OutOfMemoryError as error:
             count = len(pixels_BHWC)
             if count == 1:
@@ -70,16 +70,18 @@ class Teacher:
             )
         return tokens_BTC
 
-    def _tokens(self, pixels_BHWC: Tensor) -> Tensor:
+    @torch.inference_mode()
+    def in_float32(self, pixels_BHWC: Tensor) -> Tensor:
+        """The same tokens by the plain forward pass in float32: what the fast path is compared with."""
+        return self._tokens(pixels_BHWC, self._plain, "float32")
+
+    def _tokens(self, pixels_BHWC: Tensor, forward: Forward, precision: str) -> Tensor:
         images_BCHW = pixels_BHWC.to(self.device).permute(0, 3, 1, 2).float().div_(255)
         images_BCHW = images_BCHW.sub_(self._mean).div_(self._std).contiguous(memory_format=self._memory_format)
-        with self._autocast():
-            return self._forward(images_BCHW).float()
-
-    def _autocast(self) -> Any:
-        if self.precision == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, PRECISIONS[self.precision])
+        if precision == "float32":
+            return forward(images_BCHW).float()
+        with torch.autocast(self.device.type, PRECISIONS[precision]):
+            return forward(images_BCHW).float()
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,0 +1,166 @@
+"""The fast paths of a teacher against plain float32."""
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from extract.backends import load_teacher
+from extract.precision import Agreement, compare_with_float32
+from extract.spec import TeacherSpec
+from extract.teacher import Forward, Teacher, choose_precision
+from extract.teachers import find_teacher
+from storage.errors import InputError
+
+TOY = find_teacher("toy")
+
+
+def some_pixels(count: int = 6, side: int = 32) -> Tensor:
+    return torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+
+
+class Recorder(nn.Module):
+    """Gives its input's cells as tokens, and remembers what it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[int] = []
+        self.weight = nn.Parameter(torch.eye(3))
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        self.batches.append(len(images_BCHW))
+        cells_BTC = nn.functional.avg_pool2d(images_BCHW, 8).flatten(2).transpose(1, 2)
+        return cells_BTC @ self.weight
+
+
+RECORDED = TeacherSpec(name="recorded", library="python", input_px=32, patch_px=8, channels=3)
+
+
+def recorded(forward: Forward | None = None) -> tuple[Teacher, Recorder]:
+    module = Recorder()
+    return Teacher(RECORDED, module, forward or module, torch.device("cpu")), module
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_lower_precision_is_near_float32_and_no_copy_of_it(precision: str) -> None:
+    pixels = some_pixels()
+    fast, exact = (load_teacher(TOY, device="cpu", precision=name) for name in (precision, "float32"))
+    assert torch.equal(fast.in_float32(pixels), exact(pixels))
+    assert not torch.equal(fast(pixels), exact(pixels))
+    assert (fast.is_exact, exact.is_exact) == (False, True)
+    assert fast(pixels).dtype == torch.float32
+    assert fast.fingerprint == exact.fingerprint, "the weights are the same"
+
+
+def test_the_report_has_the_mean_and_the_worst_token() -> None:
+    """A teacher whose fast path is wrong for one token of one view, by a known angle."""
+    teacher, module = recorded()
+    pixels = some_pixels(4)
+
+    def fast(images_BCHW: Tensor) -> Tensor:
+        tokens_BTC = module(images_BCHW).clone()
+        if len(tokens_BTC) > 1:
+            tokens_BTC[1, 5] = tokens_BTC[1, 5].roll(1) * 7 + 3  # scale and offset are nothing to whitening
+        return tokens_BTC
+
+    teacher._fast = fast
+    turned = module(
+        torch.stack([(pixels[1] / 255 - torch.tensor(RECORDED.mean)) / torch.tensor(RECORDED.std)]).permute(0, 3, 1, 2)
+    )[0, 5]
+    centred = turned - turned.mean()
+    expected = float(centred @ centred.roll(1) / (centred @ centred))
+    found = compare_with_float32(teacher, pixels, batch_size=4)
+    assert found.num_views == 4
+    assert found.worst_cosine == pytest.approx(expected, abs=1e-5)
+    assert found.mean_cosine == pytest.approx((63 + expected) / 64, abs=1e-5)
+    same = compare_with_float32(teacher, pixels, batch_size=1)
+    assert (same.mean_cosine, same.worst_cosine) == (1, 1)
+
+
+def test_the_report_reads_well() -> None:
+    text = str(Agreement("float16", 16, 0.9999987, 0.99981))
+    assert text == (
+        "float16 against float32 on 16 views: mean cosine of the whitened tokens 0.999999, worst token 0.999810"
+    )
+
+
+def test_a_trained_network_survives_bfloat16() -> None:
+    teacher = load_teacher(find_teacher("efficientnet-lite0").at(input_px=96), device="cpu", precision="bfloat16")
+    agreement = compare_with_float32(teacher, some_pixels(2, 96), batch_size=2)
+    assert 0.99 < agreement.worst_cosine < agreement.mean_cosine < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "has_gpu", "expected"),
+    [
+        ("auto", "auto", False, "float32"),
+        ("auto", "auto", True, "float16"),
+        ("auto", "cpu", True, "float32"),
+        ("auto", "cuda", False, "float16"),
+        ("bfloat16", "cpu", False, "bfloat16"),
+        ("float32", "cuda", True, "float32"),
+    ],
+)
+def test_the_precision_that_nobody_chose(
+    name: str, device: str, has_gpu: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert choose_precision(name, device) == expected
+
+
+@contextlib.contextmanager
+def memory_for(teacher: Teacher, module: Recorder, views: int) -> Iterator[None]:
+    """A device that has no memory for more views than that."""
+
+    def forward(images_BCHW: Tensor) -> Tensor:
+        if len(images_BCHW) > views:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return module(images_BCHW)
+
+    plain, teacher._fast = teacher._fast, forward
+    yield
+    teacher._fast = plain
+
+
+@pytest.mark.parametrize(("views", "expected"), [(6, [6]), (3, [3, 3]), (2, [1, 2, 1, 2]), (1, [1] * 6)])
+def test_a_batch_too_large_for_the_gpu_is_halved(views: int, expected: list[int]) -> None:
+    teacher, module = recorded()
+    pixels = some_pixels()
+    whole = teacher(pixels)
+    module.batches.clear()
+    with memory_for(teacher, module, views):
+        assert torch.equal(teacher(pixels), whole)
+    assert module.batches == expected
+
+
+def test_a_gpu_too_small_for_one_view_is_said_so() -> None:
+    teacher, module = recorded()
+    with (
+        memory_for(teacher, module, 0),
+        pytest.raises(InputError, match=r"'recorded' does not fit into the memory of cpu with one view of 32 px"),
+    ):
+        teacher(some_pixels())
+
+
+def test_a_compiled_teacher_gives_the_same_tokens() -> None:
+    """Needs a C++ compiler, as torch.compile does."""
+    pixels = some_pixels(4)
+    exact = load_teacher(TOY, device="cpu")
+    compiled = load_teacher(TOY, device="cpu", is_compiled=True)
+    assert not compiled.is_exact
+    try:
+        found = compiled(pixels)
+    except Exception as error:
+        if "compiler" in str(error).lower():
+            pytest.skip(f"no compiler: {error}")
+        raise
+    torch.testing.assert_close(found, exact(pixels), rtol=1e-4, atol=1e-4)
+    assert torch.equal(compiled.in_float32(pixels), exact(pixels))
+
+
+def test_the_memory_format_changes_nothing_but_rounding() -> None:
+    spec, pixels = find_teacher("efficientnet-lite0").at(input_px=96), some_pixels(2, 96)
+    last, first = (load_teacher(spec, device="cpu", channels_last=value)(pixels) for value in (True, False))
+    torch.testing.assert_close(last, first, rtol=1e-3, atol=1e-3 * float(first.std()))
