@@ -1,4 +1,4 @@
-"""The store's speed and size beside plain reads, plain writes and what others do: one run, one table.
+"""Extraction beside the bare teacher, the store beside plain reads and writes and what others do: one run, one table.
 
     make bench
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.bench import arrivals, cold_reads, opening, picture, sizes, warm_reads, writes
+from tests.bench import arrivals, cold_reads, extraction, opening, picture, sizes, warm_reads, writes
 from tests.bench.made_up import COLD_RECORDS, WARM_RECORDS, make_store
 from tests.bench.report import as_text, describe_machine, installed_versions
 from tests.bench.results import Report, Row, Section
@@ -62,6 +62,8 @@ def measure(work: Path, say: Callable[[str], None]) -> tuple[Section, ...]:
     sections += writes.measure(work / "writes")
     say("pixels")
     sections += pixels()
+    say("extraction")
+    sections.append(extraction.measure(work / "extraction"))
     say("sizes and opening")
     sections.append(sizes.measure(work / "sizes"))
     sections.append(opening.measure(work / "opening", zarr_store, wds_store))
