@@ -1,10 +1,12 @@
 """Tars of images (WebDataset) as a source of images."""
 
+import io
 import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 from storage.errors import BadImageError, DamagedError, InputError
 from storage.image_source import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, ImageEntry, split_of
@@ -17,7 +19,8 @@ def _tar_split(name: str) -> str | None:
 
 
 class TarImages:
-    """Tars in WebDataset's layout: members `<key>.<image suffix>` and, for the label, `<key>.cls`.
+    """Tars in WebDataset's layout: members `<key>.<image suffix>` and, for the label, `<key>.cls`; or tars of such
+    tars, one a class, as ImageNet's archives are.
 
     Where the names of the tars tell `train` from `val` (or `test`), that is the division. Headers are scanned once;
     images are then read by offset. Nothing is unpacked.
@@ -49,7 +52,7 @@ class TarImages:
         path = members_path(self.cache_dir, stats) if self.cache_dir else None
         if path and (known := load_members(path, stats)):
             return known
-        members = TarMembers.of(stats, _scan_all(self.tars))
+        members = TarMembers.of(stats, _Scan().images(self.tars))
         if path and len(members):
             save_members(path, members)
         return members
@@ -73,63 +76,130 @@ class TarImages:
         return data
 
 
-def _scan_all(tars: Sequence[Path]) -> Iterator[Member]:
-    """The images of all tars. Raises what `_scan` raises."""
-    earlier: dict[str, Path] = {}
-    for number, tar in enumerate(tars):
-        yield from _scan(tar, number, earlier)
+class _Part(NamedTuple):
+    """A tar: a file of its own, or a member of another one."""
+
+    file: BinaryIO
+    name: str
+    """For messages."""
+    start: int
+    num_bytes: int
 
 
-def _scan(tar: Path, number: int, earlier: dict[str, Path]) -> Iterator[Member]:
-    """The images of one tar; their keys, without suffixes, are entered into `earlier`.
+class _Scan:
+    """Reads the headers of tars, and finds their images.
 
-    Raises:
-        DamagedError: the tar is not whole.
-        InputError: a key stands twice.
+    A tar inside a tar is read in its place, as the archives of ImageNet are made: its images have its name in front of
+    their keys and, unless they bring a label, for their class.
     """
-    found: dict[str, tuple[str, int, int]] = {}
-    labels: dict[str, str] = {}
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            for member in archive:
-                if member.size < 0:  # tarfile would go backwards, for ever
-                    raise tarfile.ReadError(f"member {member.name!r} has a negative size")
-                stem, suffix = split_member(member.name)
-                if not member.isreg() or member.issparse():
-                    continue
-                if f".{suffix}" in IMAGE_SUFFIXES:
-                    if stem in earlier:
-                        raise InputError(
-                            f"the key {stem!r} stands twice: in {earlier[stem]} and as {member.name} in {tar}; "
-                            "keys must be unique"
+
+    def __init__(self) -> None:
+        self._earlier: dict[str, str] = {}
+        """Keys without suffixes, and the tar that each of them stands in."""
+
+    def images(self, tars: Sequence[Path]) -> Iterator[Member]:
+        """The images of all tars.
+
+        Raises:
+            DamagedError: a tar is not whole.
+            InputError: a key stands twice.
+        """
+        for number, tar in enumerate(tars):
+            try:
+                with open(tar, "rb") as file:
+                    yield from self._scan(_Part(file, str(tar), 0, os.fstat(file.fileno()).st_size), number)
+            except OSError as error:
+                raise _not_whole(str(tar), error) from error
+
+    def _scan(self, part: _Part, number: int, outer: str | None = None) -> Iterator[Member]:
+        found: dict[str, tuple[str, int, int]] = {}
+        labels: dict[str, str] = {}
+        nested: list[tuple[str, _Part]] = []
+        prefix = "" if outer is None else f"{outer}/"
+        try:
+            with tarfile.open(fileobj=io.BufferedReader(_Window(part)), mode="r:") as archive:
+                for member in archive:
+                    if member.size < 0:  # tarfile would go backwards, for ever
+                        raise tarfile.ReadError(f"member {member.name!r} has a negative size")
+                    stem, suffix = split_member(member.name)
+                    stem = prefix + stem
+                    if not member.isreg() or member.issparse():
+                        continue
+                    if f".{suffix}" in IMAGE_SUFFIXES:
+                        self._enter(stem, member.name, part)
+                        found[stem] = (suffix, part.start + member.offset_data, member.size)
+                    elif suffix in ("cls", "cls.txt") and member.size <= 4096:
+                        file = archive.extractfile(member)
+                        labels[stem] = file.read().decode("utf-8", "replace").strip() if file else ""
+                    elif suffix == "tar" and outer is None:
+                        inner = part._replace(
+                            name=f"{member.name} in {part.name}", start=member.offset_data, num_bytes=member.size
                         )
-                    earlier[stem] = tar
-                    found[stem] = (suffix, member.offset_data, member.size)
-                elif suffix in ("cls", "cls.txt") and member.size <= 4096:
-                    file = archive.extractfile(member)
-                    labels[stem] = file.read().decode("utf-8", "replace").strip() if file else ""
-            end = archive.offset
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DamagedError(f"{tar} is not a whole, uncompressed tar: {error}; fetch or make it again") from error
-    _check_end(tar, end)
-    for stem, (suffix, offset, size) in found.items():
-        yield Member(f"{stem}.{suffix}", number, offset, size, labels.get(stem) or None)
+                        nested.append((stem, inner))
+                end = archive.offset
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise _not_whole(part.name, error) from error
+        _check_end(part, end)
+        for stem, (suffix, offset, size) in found.items():
+            yield Member(f"{stem}.{suffix}", number, offset, size, labels.get(stem) or outer)
+        for stem, inner in nested:
+            yield from self._scan(inner, number, stem)
+
+    def _enter(self, stem: str, member: str, part: _Part) -> None:
+        if stem in self._earlier:
+            raise InputError(
+                f"the key {stem!r} stands twice: in {self._earlier[stem]} and as {member} in {part.name}; "
+                "keys must be unique"
+            )
+        self._earlier[stem] = part.name
 
 
-def _check_end(tar: Path, end: int) -> None:
+class _Window(io.RawIOBase):
+    """A part of a file as a file, which ends where the part does."""
+
+    def __init__(self, part: _Part) -> None:
+        self._part, self._place = part, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._part.num_bytes}[whence]
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        room = max(0, min(len(buffer), self._part.num_bytes - self._place))
+        self._part.file.seek(self._part.start + self._place)
+        data = self._part.file.read(room)
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+
+def _not_whole(name: str, error: Exception) -> DamagedError:
+    return DamagedError(f"{name} is not a whole, uncompressed tar: {error}; fetch or make it again")
+
+
+def _check_end(part: _Part, end: int) -> None:
     """A whole tar ends in zeros and nothing else; `tarfile` takes a cut, a damaged header or zeros inside for the end.
 
     Raises:
         DamagedError: says where the members stop.
     """
     remedy = "it was cut short or damaged; fetch or make it again"
-    with open(tar, "rb") as file:
-        file.seek(end)
-        if file.read(512) != bytes(512):
-            raise DamagedError(f"{tar} has no end-of-archive mark at byte {end}: {remedy}")
-        while data := file.read(2**20):
-            if any(data):
-                raise DamagedError(f"{tar} goes on after its end-of-archive mark at byte {end}: {remedy}")
+    file = io.BufferedReader(_Window(part))
+    file.seek(end)
+    if file.read(512) != bytes(512):
+        raise DamagedError(f"{part.name} has no end-of-archive mark at byte {end}: {remedy}")
+    while data := file.read(2**20):
+        if any(data):
+            raise DamagedError(f"{part.name} goes on after its end-of-archive mark at byte {end}: {remedy}")
 
 
 def split_member(name: str) -> tuple[str, str]:

@@ -52,7 +52,8 @@ class Member(NamedTuple):
 
 class _Header(Schema):
     format: Literal["decant tar members"] = "decant tar members"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
+    """1 passed over tars inside tars."""
     tars: tuple[TarStat, ...]
     classes: tuple[str, ...]
     num_images: int = Field(ge=0)

@@ -19,13 +19,13 @@ from storage.tar_members import TarMembers, TarStat, load_members, save_members
 def scans(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The tars whose headers are read from now on."""
     found: list[Path] = []
-    scan = storage.image_tars._scan
+    scan = storage.image_tars._Scan._scan
 
-    def counted(tar: Path, *others: Any) -> Any:
-        found.append(tar)
-        return scan(tar, *others)
+    def counted(self: Any, part: Any, *others: Any) -> Any:
+        found.append(Path(part.name))
+        return scan(self, part, *others)
 
-    monkeypatch.setattr(storage.image_tars, "_scan", counted)
+    monkeypatch.setattr(storage.image_tars._Scan, "_scan", counted)
     return found
 
 
