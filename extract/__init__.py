@@ -5,7 +5,12 @@ spec.py        what is known about a teacher before its weights are loaded
 teachers.py    the table of teachers: data only
 resolve.py     the teacher that settings ask for
 weights.py     where a teacher's weights come from, and their fingerprint
-backends.py    a teacher's row of data to a module that gives tokens
+backends.py    a teacher's row of data to a module that gives tokens, by its library's builder:
+  timm_teachers.py       timm's networks
+  open_clip_teachers.py  open_clip's image towers
+  file_teachers.py       a network from a Python file of the user's own
+  toy.py                 a tiny network for tests
+  built.py               what a builder gives: a module, its tap, how files are fitted to it
 teacher.py     a frozen teacher: pixels to tokens, in a precision
 precision.py   how far its fast path is from float32
 batch_size.py  how many views go through it at a time

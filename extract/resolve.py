@@ -1,8 +1,42 @@
 """The teacher that settings ask for: its row, at the input size and the tap that they name."""
 
+import functools
+import importlib
+
 from extract.config import ExtractConfig
 from extract.spec import TeacherSpec
-from extract.teachers import find_teacher
+from extract.teachers import TEACHERS
+from storage.errors import unknown_name
+
+OF_A_LIBRARY = {"timm:": "extract.timm_teachers", "open_clip:": "extract.open_clip_teachers"}
+"""What the names of a library's own models begin with, and the module that describes them."""
+HOW_TO_NAME_OTHERS = "timm:NAME, open_clip:NAME/TAG or FILE.py for one that has no row"
+
+
+def find_teacher(name: str) -> TeacherSpec:
+    """A teacher by its name in the table, by a library's name of it (`timm:NAME`, `open_clip:NAME/TAG`), or by the
+    Python file that makes it (`FILE.py`, `FILE.py:function`). Only the latter two import a deep-learning library.
+
+    Raises:
+        ConfigError: no such teacher; offers the nearest names.
+        InputError: no such file.
+    """
+    if name in TEACHERS:
+        return TEACHERS[name]
+    for prefix, module in OF_A_LIBRARY.items():
+        if name.startswith(prefix):
+            return _described_by_library(module, name.removeprefix(prefix))
+    if name.endswith(".py") or ".py:" in name:
+        spec: TeacherSpec = importlib.import_module("extract.file_teachers").describe(name)
+        return spec
+    error = unknown_name("teacher", name, TEACHERS)
+    raise type(error)(f"{error}; or {HOW_TO_NAME_OTHERS}")
+
+
+@functools.cache
+def _described_by_library(module: str, name: str) -> TeacherSpec:
+    spec: TeacherSpec = importlib.import_module(module).describe(name)
+    return spec
 
 
 def resolve_teacher(cfg: ExtractConfig) -> TeacherSpec:

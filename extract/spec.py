@@ -33,10 +33,13 @@ class TeacherSpec(Schema):
     """Where they come from: `hub` or `hub:<tag>`: the library downloads them; `package:<module>:<path>`: a file inside
     an installed package; `file`: never published, the user has one; `module`: the module brings its own;
     `random`: none, from a seed."""
+    code_digest: str = ""
+    """Of the user's file that makes it."""
     checkpoint_branch: str = ""
     """Of upstream files that hold several networks (`student`, `teacher`), the one that is the teacher."""
     left_out: tuple[str, ...] = ()
-    """What tensors of upstream files begin with that do nothing for the tokens: heads, decoders."""
+    """What tensors of upstream files begin with that do nothing for the tokens: heads, decoders. Names as they are
+    after the library's own conversion, which may need those tensors to know the file."""
     state_keys: Literal["by_name", "by_position"] = "by_name"
     """How tensors of a weights file find their places; `by_position` for files with another library's names."""
     input_px: int = Field(ge=1)
@@ -78,6 +81,11 @@ class TeacherSpec(Schema):
         changes: dict[str, Any] = {
             name: value for name, value in (("input_px", input_px), ("tap", tap), ("block", block)) if value is not None
         }
+        if self.code_digest and changes:
+            raise ConfigError(
+                f"teacher {self.name!r} comes from {self.model}, which decides its input size and its tokens; "
+                f"change them there and leave out {', '.join(f'extract.{name}' for name in changes)}"
+            )
         if changes.get("tap", self.tap) == "projected" and self.tap != "projected":
             if self.projected_channels is None:
                 raise ConfigError(
@@ -86,13 +94,21 @@ class TeacherSpec(Schema):
                 )
             changes["channels"] = self.projected_channels
         if block is not None and self.stage_channels:
-            changes |= self._stage(block)
+            changes |= self._stage(block, changes.get("tap", self.tap))
         return self.model_copy(update=changes)
 
-    def _stage(self, block: int) -> dict[str, int]:
+    def _stage(self, block: int, tap: Tap) -> dict[str, int]:
         count = len(self.stage_channels)
         if not -count <= block < count:
-            raise ConfigError(f"teacher {self.name!r} has {count} stages; extract.block can be 0 to {count - 1}")
+            raise ConfigError(
+                f"teacher {self.name!r} has {count} stages; extract.block can be 0 to {count - 1}, or -1 to {-count} "
+                f"from the end, found {block}"
+            )
+        if tap == "final_norm" and block % count != count - 1:
+            raise ConfigError(
+                f"the final norm of teacher {self.name!r} is for its last stage only; for stage {block % count} use "
+                "extract.tap=block"
+            )
         known = self.stage_channels.index(self.channels)
         wanted = block % count
         patch_px = self.patch_px * 2**wanted // 2**known
@@ -100,5 +116,17 @@ class TeacherSpec(Schema):
 
     def identity(self) -> dict[str, Any]:
         """What decides its tokens, beside the weights' tensors: the part that a store's plan holds."""
-        fields = {"name", "library", "model", "options", "patch_px", "channels", "num_prefix_tokens", "mean", "std"}
-        return self.model_dump(mode="json", include=fields | {"input_px", "tap", "block"})
+        fields = {
+            "name",
+            "library",
+            "patch_px",
+            "channels",
+            "num_prefix_tokens",
+            "mean",
+            "std",
+            "input_px",
+            "tap",
+            "block",
+        }
+        fields |= {"code_digest"} if self.code_digest else {"model", "options"}  # wherever the file lies
+        return self.model_dump(mode="json", include=fields)

@@ -1,16 +1,12 @@
 """A frozen teacher: uint8 pixels in, float32 tokens out, in the precision that was asked for."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
+from extract.built import Forward
 from extract.spec import TeacherSpec
 from extract.weights import tensor_fingerprint
 from storage.errors import ConfigError, InputError
-
-Forward = Callable[[Tensor], Tensor]
-"""Normalised images (B, 3, H, W) to tokens (B, T, C)."""
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Of matrix products and convolutions. Norms and softmax are in float32 whatever this says (torch's autocast)."""

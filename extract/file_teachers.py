@@ -1,0 +1,119 @@
+"""A teacher from a Python file of the user's own: `my_teacher.py`, or `my_teacher.py:function`.
+
+The function returns `(module, TeacherSpec)`; the module takes normalised images (B, 3, H, W) and gives tokens
+(B, T, C), prefix tokens first. Such a file is run: it is the user's own code, unlike a weights file.
+"""
+
+import functools
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from extract.built import Built
+from extract.spec import TeacherSpec
+from storage.errors import ConfigError, InputError
+from storage.fingerprint import digest_file, digest_parts, short
+
+DEFAULT_FUNCTION = "teacher"
+
+
+class _Source(NamedTuple):
+    path: Path
+    function: str
+
+    @classmethod
+    def parse(cls, name: str) -> "_Source":
+        file, _, function = name.partition(".py:")
+        return cls(Path(f"{file}.py" if function else name).expanduser(), function or DEFAULT_FUNCTION)
+
+    def digest(self) -> str:
+        """Of the file's bytes and the function's name."""
+        return digest_parts([digest_file(self.path).encode(), self.function.encode()])
+
+
+def describe(name: str) -> TeacherSpec:
+    """What the file's function says of its teacher; the file's digest is part of who it is.
+
+    Raises:
+        InputError: no such file.
+        ConfigError: no such function, or it fails, or gives something else.
+    """
+    source = _Source.parse(name)
+    if not source.path.is_file():
+        raise InputError(f"no file {source.path}, which TEACHER={name} names; a teacher of your own is a Python file")
+    return _describe(source, source.digest()).model_copy(update={"model": name})
+
+
+@functools.lru_cache(maxsize=8)
+def _describe(source: _Source, digest: str) -> TeacherSpec:
+    spec = _make(source)[1]
+    return spec.model_copy(update={"library": "python", "code_digest": digest})
+
+
+def build(spec: TeacherSpec, from_hub: bool) -> Built:
+    """The module that the file's function makes; its weights are whatever it has filled in.
+
+    Raises:
+        ConfigError: as `describe`; or the file has changed since.
+    """
+    source = _Source.parse(spec.model)
+    found = source.digest()
+    if found != spec.code_digest:
+        raise ConfigError(
+            f"{source.path} is {short(found)}, expected {short(spec.code_digest)}: it was changed while it was in use; "
+            "give the command again"
+        )
+    module = _make(source)[0]
+    return Built(module, module)
+
+
+def _make(source: _Source) -> tuple[nn.Module, TeacherSpec]:
+    where = f"{source.path}:{source.function}"
+    function = getattr(_run_file(source.path), source.function, None)
+    if not callable(function):
+        raise ConfigError(
+            f"{source.path} has no function {source.function!r}; define `def {source.function}()` that returns "
+            "(module, TeacherSpec), or name yours: TEACHER=FILE.py:function"
+        )
+    try:
+        made = function()
+    except Exception as error:
+        raise ConfigError(f"{where} failed: {_where_it_failed(error, source.path)}") from error
+    if not (isinstance(made, tuple) and len(made) == 2):
+        raise ConfigError(f"{where} returned {type(made).__name__}, expected (module, TeacherSpec)")
+    module, spec = made
+    if not isinstance(module, nn.Module) or not isinstance(spec, TeacherSpec):
+        found = f"({type(module).__name__}, {type(spec).__name__})"
+        raise ConfigError(f"{where} returned {found}, expected (torch.nn.Module, extract.spec.TeacherSpec)")
+    return module, spec
+
+
+def _run_file(path: Path) -> Any:
+    """The file as a module. Files beside it can be imported, as in a script."""
+    name = f"teacher_file_{path.stem}"
+    found = importlib.util.spec_from_file_location(name, path)
+    if found is None or found.loader is None:
+        raise ConfigError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module  # dataclasses and pickle look their module up
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"{path} cannot be imported: {_where_it_failed(error, path)}") from error
+    finally:
+        sys.path.remove(folder)
+    return module
+
+
+def _where_it_failed(error: Exception, path: Path) -> str:
+    """One line: the error, and the last line of the user's file that it came through."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
+    first = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}" + (f" (line {line} of {path})" if line else "")

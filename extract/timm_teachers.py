@@ -1,0 +1,184 @@
+"""timm's networks: built without a head, tapped at any block or stage."""
+
+import inspect
+import itertools
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import timm
+import torch
+from timm.layers import LayerNorm2d, RmsNorm2d
+from torch import Tensor, nn
+
+from extract.built import Built, Forward, State
+from extract.spec import TeacherSpec
+from storage.errors import ConfigError, unknown_name
+
+_MAP_NORMS = (LayerNorm2d, RmsNorm2d, nn.GroupNorm, nn.BatchNorm2d)
+"""Norms that want maps (B, C, H, W); all others normalise the last dimension."""
+
+
+def build(spec: TeacherSpec, from_hub: bool) -> Built:
+    """A timm network with the tap of its row.
+
+    Raises:
+        ConfigError: no such block, or no final norm to tap behind.
+    """
+    options = dict(spec.options)
+    if spec.state_keys == "by_name":  # a file that is matched by position is matched as a whole
+        options["num_classes"] = 0
+    if timm.get_pretrained_cfg(spec.model).fixed_input_size:
+        options["img_size"] = spec.input_px
+    module: Any = timm.create_model(spec.model, pretrained=from_hub, **options)
+    return Built(module, tap(module, spec), fit_of(module, spec.model))
+
+
+def tap(module: Any, spec: TeacherSpec) -> Forward:
+    """A network's tokens at `spec.block`, through its final norm or as they are. Pooling that comes after is removed.
+
+    Raises:
+        ConfigError: no such block, or no final norm to tap behind.
+    """
+    if not hasattr(module, "forward_intermediates"):
+        raise ConfigError(
+            f"timm's {spec.model} of teacher {spec.name!r} cannot be tapped: it has no forward_intermediates"
+        )
+    block = _block_index(module, spec)
+    norm = final_norm(module) if spec.tap == "final_norm" else nn.Identity()
+    if norm is None:
+        raise ConfigError(
+            f"{spec.model} of teacher {spec.name!r} has no final norm that is applied to every token; use "
+            "extract.tap=block for its tokens as they are"
+        )
+    if getattr(module, "attn_pool", None) is not None:
+        module.attn_pool = None
+    is_sequence = _is_sequence(module)
+    form = {"output_fmt": "NLC", "return_prefix_tokens": True} if is_sequence else {"output_fmt": "NCHW"}
+    is_map_norm = isinstance(norm, _MAP_NORMS)
+
+    def forward(images_BCHW: Tensor) -> Tensor:
+        [found] = module.forward_intermediates(
+            images_BCHW, indices=[block], stop_early=True, intermediates_only=True, **form
+        )
+        if is_sequence:
+            grid_BTC, prefix_BTC = found if isinstance(found, tuple) else (found, found[:, :0])
+            tokens_BTC: Tensor = norm(torch.cat([prefix_BTC, grid_BTC], dim=1))
+            return tokens_BTC
+        map_BCHW = norm(found) if is_map_norm else found
+        tokens_BTC = map_BCHW.flatten(2).transpose(1, 2)
+        return tokens_BTC if is_map_norm else norm(tokens_BTC)
+
+    return forward
+
+
+def final_norm(module: nn.Module) -> nn.Module | None:
+    """The norm behind the last block; None if there is none.
+
+    timm calls it `norm`, or `fc_norm` in networks that were pretrained with a norm on every token and that timm pools
+    before it (EVA-02, BEiT).
+    """
+    for name in ("norm", "fc_norm"):
+        norm = getattr(module, name, None)
+        if norm is not None and not isinstance(norm, nn.Identity):
+            return norm  # type: ignore[no-any-return]
+    return None
+
+
+def _is_sequence(module: Any) -> bool:
+    """Whether it gives tokens, with prefix tokens apart; all others give maps."""
+    return "return_prefix_tokens" in inspect.signature(module.forward_intermediates).parameters
+
+
+def _block_index(module: Any, spec: TeacherSpec) -> int:
+    count = len(module.feature_info)
+    if not -count <= spec.block < count:
+        raise ConfigError(
+            f"teacher {spec.name!r} ({spec.model}) has {count} blocks; extract.block can be 0 to {count - 1}, or -1 to "
+            f"{-count} from the end, found {spec.block}"
+        )
+    return spec.block % count
+
+
+def fit_of(module: nn.Module, model: str) -> Callable[[State], State]:
+    """timm's own conversion of upstream files for this network, and of position embeddings to its grid."""
+    source = sys.modules[type(module).__module__]
+    convert = getattr(source, "checkpoint_filter_fn", None)
+    if convert is None:
+        return lambda state: state
+    arguments = _conversion_arguments(model, getattr(source, "_RADIO_ALIGN_CORNERS", ()))
+
+    def fit(state: State) -> State:
+        fitted, wanted = convert(state, module, **arguments), module.state_dict()
+        return {
+            name: tensor
+            for name, tensor in fitted.items()
+            if name in wanted or not name.startswith(("attn_pool.", "head."))
+        }
+
+    return fit
+
+
+def _conversion_arguments(model: str, align_corners: Iterable[str]) -> dict[str, Any]:
+    """What timm tells its conversion about some families of plain ViTs."""
+    if model.startswith("deit3"):
+        return {"adapt_layer_scale": True}
+    if model.startswith("flexivit"):
+        return {"interpolation": "bilinear", "antialias": False}
+    if model.startswith("vit_") and "_radio_" in model:
+        is_aligned = any(part in model for part in align_corners)
+        return {"interpolation": "bilinear", "antialias": False, "align_corners": is_aligned}
+    return {}
+
+
+def describe(model: str) -> TeacherSpec:
+    """The row of any timm network, from timm's own table and the network built without memory.
+
+    Its tap is the final norm where the network has one, else the last block or stage as it is. Without a tag it is the
+    one that timm takes.
+
+    Raises:
+        ConfigError: timm has no such network, or cannot tap it.
+    """
+    architecture, _, tag = model.partition(".")
+    if not timm.is_model(architecture):
+        raise unknown_name("timm model", architecture, timm.list_models())
+    tags = [name.partition(".")[2] for name in timm.list_models(f"{architecture}.*", pretrained=True)]
+    if tag and tag not in tags:
+        raise unknown_name(f"weights tag of timm's {architecture}", tag, tags)
+    published = timm.get_pretrained_cfg(model)
+    with torch.device("meta"):
+        module: Any = timm.create_model(model, num_classes=0)
+    return TeacherSpec(
+        name=f"timm:{model}", library="timm", model=f"{architecture}.{published.tag}" if published.tag else model,
+        weights="hub" if published.has_weights else "file", left_out=_heads(published.classifier),
+        input_px=published.input_size[-1], mean=published.mean, std=published.std,
+        licence=published.license or "unknown", **shape_of(module, model),
+    )  # fmt: skip
+
+
+def shape_of(module: Any, model: str) -> dict[str, Any]:
+    """The fields of a row that a network itself tells; it may be one without memory.
+
+    Raises:
+        ConfigError: it cannot be tapped.
+    """
+    stages = getattr(module, "feature_info", None)
+    if not stages or not hasattr(module, "forward_intermediates"):
+        raise ConfigError(f"timm's {model} cannot be tapped: it has no forward_intermediates")
+    reductions = [int(stage["reduction"]) for stage in stages]
+    is_hierarchical = len(stages) > 1 and all(2 * fine == coarse for fine, coarse in itertools.pairwise(reductions))
+    return {
+        "patch_px": reductions[-1],
+        "channels": stages[-1]["num_chs"],
+        "num_prefix_tokens": getattr(module, "num_prefix_tokens", 0) if _is_sequence(module) else 0,
+        "stage_channels": tuple(stage["num_chs"] for stage in stages) if is_hierarchical else (),
+        "tap": "block" if final_norm(module) is None else "final_norm",
+        "million_parameters": round(sum(parameter.numel() for parameter in module.parameters()) / 1e6, 1),
+    }
+
+
+def _heads(classifier: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """What the classifier's tensors begin with in timm's own files."""
+    names = (classifier,) if isinstance(classifier, str) else classifier or ()
+    return (*(f"{name}." for name in names), "attn_pool.")
