@@ -6,13 +6,13 @@ from extract.backends import load_teacher
 from extract.config import ExtractConfig
 from extract.resolve import resolve_teacher
 from extract.teacher import Teacher, choose_precision
-from extract.whiten import SETTINGS as WHITENING
 from extract.worker import sample_tokens
 from storage.encodings import Encoding, fit_encoding, is_fitted
 from storage.folder import find_plan
 from storage.image_index import ImageList
 from storage.jpeg import ViewCodec
 from storage.records import StoredViews, StorePlan
+from storage.whitening import LayerNorm
 
 
 def build_plan(cfg: ExtractConfig, images: ImageList, out_dir: Path) -> StorePlan:
@@ -28,7 +28,7 @@ def build_plan(cfg: ExtractConfig, images: ImageList, out_dir: Path) -> StorePla
     plan = StorePlan(
         backend=cfg.layout,
         features=teacher.features,
-        whitening=WHITENING,
+        whitening=LayerNorm(),
         encoding=cfg.encoding,
         token_subset=cfg.token_subset,
         stored_views=views,

@@ -1,42 +1,113 @@
 """Whitening: what makes teachers of different magnitude comparable targets (paper, section 3; the authors' code applies
-a non-affine LayerNorm over the channels of every token, eps 1e-5, in float32)."""
+a non-affine LayerNorm over the channels of every token, eps 1e-5, in float32). How it is undone is in
+storage/whitening.py."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from storage.errors import DecantError
-
-EPS = 1e-5
-SETTINGS = {"kind": "layer_norm", "eps": EPS}
+from storage.files import LocalFiles
+from storage.records import StorePlan
+from storage.whitening import NO_STATISTICS, LayerNorm, MeanStd, Pca, Statistics, Whitening, load_statistics
 
 
 class Whitened(NamedTuple):
-    """`tokens_BTC * std_BT1 + mean_BT1` gives the teacher's tokens back, up to fp16 rounding."""
+    """`tokens_BTC * std_BT1 + mean_BT1`, then `whitening.restore`, gives the teacher's tokens back, up to rounding."""
 
-    tokens_BTC: Tensor  # float16; never above sqrt(channels), so no clipping is needed
-    mean_BT: Tensor  # float32
-    std_BT: Tensor  # float32, sqrt(variance + eps)
+    tokens_BTC: Tensor  # float16
+    mean_BT: Tensor  # float32; 0 where the whitening is not by token
+    std_BT: Tensor  # float32; sqrt(variance + eps), or 1
+
+
+class Whitener:
+    """A whitening with its statistics on the teacher's device."""
+
+    def __init__(
+        self, whitening: Whitening, statistics: Statistics = NO_STATISTICS, device: torch.device | str = "cpu"
+    ) -> None:
+        if not whitening.is_fitted:
+            raise AssertionError(f"{whitening.kind} has not been fitted")
+        self.whitening = whitening
+        self._statistics = torch.tensor(statistics, device=device)
+
+    @classmethod
+    def of_store(cls, root: Path, plan: StorePlan, device: torch.device | str) -> Self:
+        """The whitening of a store that has begun.
+
+        Raises:
+            DamagedError: its statistics are not what the plan names.
+        """
+        statistics = load_statistics(LocalFiles(root), plan.whitening, plan.features.channels)
+        return cls(plan.whitening, statistics, device)
+
+    def __call__(self, tokens_BTC: Tensor, keys: Sequence[str]) -> Whitened:
+        """Whiten a batch, in float32. Views do not touch each other: their results do not depend on the batch.
+
+        Args:
+            tokens_BTC: of any floating-point type.
+            keys: the image of each row, for the error.
+
+        Raises:
+            DecantError: the teacher gave a value that is not finite, or too large: for a float32 variance, or for
+                float16 once it is whitened.
+        """
+        raw_BTC = tokens_BTC.float()
+        if isinstance(self.whitening, LayerNorm):
+            return _by_token(raw_BTC, self.whitening.eps, keys)
+        refuse_rows(~torch.isfinite(raw_BTC), keys, NOT_FINITE)
+        white_BTC = self._transform(raw_BTC)
+        tokens_fp16_BTC = white_BTC.half()
+        refuse_rows(~torch.isfinite(tokens_fp16_BTC), keys, f"beyond float16 as {self.whitening.kind} leaves them")
+        mean_BT = raw_BTC.new_zeros(raw_BTC.shape[:2])
+        return Whitened(tokens_fp16_BTC, mean_BT, torch.ones_like(mean_BT))
+
+    def _transform(self, raw_BTC: Tensor) -> Tensor:
+        if isinstance(self.whitening, MeanStd):
+            mean_C, std_C = self._statistics
+            return (raw_BTC - mean_C) / std_C
+        if isinstance(self.whitening, Pca):
+            # view by view: the sums of one large product would depend on how many views are in it
+            weight_CC = self._statistics[1:].T
+            return torch.stack([view_TC @ weight_CC for view_TC in raw_BTC - self._statistics[0]])
+        return raw_BTC
+
+
+NOT_FINITE = "NaN, infinity or a value beyond float32"
+
+
+def _by_token(raw_BTC: Tensor, eps: float, keys: Sequence[str]) -> Whitened:
+    """Standardise every token over its channels. Never above sqrt(channels), so float16 holds it."""
+    variance_BT1, mean_BT1 = torch.var_mean(raw_BTC, dim=-1, correction=0, keepdim=True)
+    std_BT1 = (variance_BT1 + eps).sqrt()
+    # one such value among the channels is enough for that
+    refuse_rows(~torch.isfinite(std_BT1), keys, NOT_FINITE)
+    return Whitened(((raw_BTC - mean_BT1) / std_BT1).half(), mean_BT1[..., 0], std_BT1[..., 0])
+
+
+def refuse_rows(is_bad: Tensor, keys: Sequence[str], what: str) -> None:
+    """Refuse a batch in which anything is wrong.
+
+    Args:
+        is_bad: (B, ...).
+
+    Raises:
+        DecantError: names the images.
+    """
+    if not is_bad.any():
+        return
+    bad = sorted({keys[row] for row in is_bad.flatten(1).any(1).nonzero().flatten().tolist()})
+    remedy = "look at these images, and at the teacher's weights and precision"
+    if what != NOT_FINITE:
+        remedy = "whiten each token by itself (WHITENING=layer_norm), which any magnitude survives"
+    raise DecantError(
+        f"the teacher gave {what} for {len(bad)} of {len(set(keys))} images of a batch ({', '.join(bad[:5])}); {remedy}"
+    )
 
 
 def whiten(tokens_BTC: Tensor, keys: Sequence[str]) -> Whitened:
-    """Standardise every token over its channels, in float32.
-
-    Args:
-        keys: the image of each row, for the error.
-
-    Raises:
-        DecantError: the teacher gave a value that is not finite, or tokens too large for a float32 variance.
-    """
-    raw_BTC = tokens_BTC.float()
-    variance_BT1, mean_BT1 = torch.var_mean(raw_BTC, dim=-1, correction=0, keepdim=True)
-    std_BT1 = (variance_BT1 + EPS).sqrt()
-    if not torch.isfinite(std_BT1).all():  # one such value among the channels is enough for that
-        bad = sorted({keys[row] for row in (~torch.isfinite(std_BT1)).flatten(1).any(1).nonzero().flatten().tolist()})
-        raise DecantError(
-            f"the teacher gave NaN, infinity or a value beyond float32 for {len(bad)} of {len(set(keys))} images of a "
-            f"batch ({', '.join(bad[:5])}); look at these images, and at the teacher's weights and precision"
-        )
-    return Whitened(((raw_BTC - mean_BT1) / std_BT1).half(), mean_BT1[..., 0], std_BT1[..., 0])
+    """The paper's whitening of a batch."""
+    return Whitener(LayerNorm())(tokens_BTC, keys)

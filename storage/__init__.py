@@ -8,6 +8,7 @@ process_lock.py a lock that a forked child finds open
 fingerprint.py  content hashes
 stage.py        what every stage returns, and the progress contract
 encodings.py    how whitened tokens become bytes: fp16, int8, bit_round, zstd
+whitening.py    how teachers' tokens became the stored ones: layer_norm, mean_std, pca, none; and back
 token_subset.py a random part of each view's tokens
 records.py      views, tokens, shards, the store's plan and manifest
 views.py        which crop of an image (samplers) and its pixels (render_view)
@@ -31,6 +32,7 @@ locations.py    a store's path or URL to its files
 shards.py       a shard in memory, and what every layout must be able to do with one
 zarr_metadata.py the Zarr v3 layout: which arrays there are
 zarr_format.py  the Zarr v3 layout: the bytes of their chunks and shards
+npy.py          `.npy` files, written and read without trust
 tar_archive.py  a tar under construction
 tar_format.py   the WebDataset layout: a tar and an offset index a shard
 layouts.py      the layouts by name

@@ -103,7 +103,7 @@ def convert_store(
     images = source.images.at(images_location)
     _refuse_place(root, source)
     with hold_lock(root):
-        create_store(root, plan, images)
+        create_store(root, plan, images, source.statistics)
         sweep(root, plan)
         done = committed_shards(root, plan)
         progress.start(plan.num_shards, "shards", done=len(done))

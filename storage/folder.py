@@ -1,6 +1,7 @@
 """A store's folder: begun, swept, finished. Its shards are the business of writer.py.
 
 plan.json          frozen; two plans never share a folder
+whitening.npy      what a fitted whitening learnt
 images.bin         ordered keys, labels, digests
 zarr.json, tokens/ ... or dataset.json, shards/: see zarr_format.py and tar_format.py
 receipts/00017.json
@@ -23,11 +24,15 @@ from storage.layouts import LAYOUTS
 from storage.receipts import committed_shards, receipt_name, receipt_path
 from storage.records import Backend, FeatureSpec, FileEntry, StoreManifest, StorePlan, refuse_other
 from storage.token_subset import TokenSubset
+from storage.whitening import NO_STATISTICS, Statistics, load_statistics, statistics_files
 
 
-def create_store(root: Path, plan: StorePlan, images: ImageList) -> None:
+def create_store(root: Path, plan: StorePlan, images: ImageList, statistics: Statistics = NO_STATISTICS) -> None:
     """Make an unfilled store, or accept the one that is there when it has the same plan; what is damaged or missing of
     its metadata is written again.
+
+    Args:
+        statistics: what a fitted whitening learnt.
 
     Raises:
         ConfigError: the folder holds a store of another plan; names the first differences.
@@ -42,24 +47,24 @@ def create_store(root: Path, plan: StorePlan, images: ImageList) -> None:
         _check_room(root, plan)
     elif found != plan:
         raise ConfigError(f"{root} holds another store: {found.differences(plan)}; choose another folder")
-    for name, data in encode_metadata(plan, images).items():
+    for name, data in encode_metadata(plan, images, statistics).items():
         path = root / name
         if not path.exists() or path.read_bytes() != data:
             write_file(path, data)
 
 
-def encode_metadata(plan: StorePlan, images: ImageList) -> dict[str, bytes]:
-    """The files of a store that belong to no shard, without the manifest."""
-    return LAYOUTS[plan.backend].metadata(plan) | {
-        IMAGES_FILE: images.at("").to_file(),
-        "plan.json": plan.to_file(),
-    }
+def encode_metadata(plan: StorePlan, images: ImageList, statistics: Statistics = NO_STATISTICS) -> dict[str, bytes]:
+    """The files of a store that belong to no shard, without the manifest; the plan, which makes it a store, last."""
+    files = LAYOUTS[plan.backend].metadata(plan) | {IMAGES_FILE: images.at("").to_file()}
+    return files | statistics_files(plan.whitening, statistics) | {"plan.json": plan.to_file()}
 
 
 def needed_bytes(plan: StorePlan) -> int:
     """Upper bound of what a store takes on disk, but for its rendered views, of which it is a good guess."""
     px = plan.stored_views.px if plan.stored_views else None
-    return plan.num_records * needed_record_bytes(plan.features, plan.backend, plan.encoding, plan.token_subset, px)
+    a_record = needed_record_bytes(plan.features, plan.backend, plan.encoding, plan.token_subset, px)
+    channels = plan.features.channels
+    return plan.num_records * a_record + 4 * channels * plan.whitening.num_rows(channels)
 
 
 def needed_record_bytes(
@@ -140,7 +145,8 @@ def finish_store(root: Path) -> StoreManifest:
     for name, data in described.items():  # once the manifest holds their digests, nothing would notice
         if (root / name).read_bytes() != data:
             raise DamagedError(f"{root / name} has changed since the store was begun; give the command again")
-    names = [IMAGES_FILE, "plan.json", *described]
+    learnt = statistics_files(plan.whitening, load_statistics(LocalFiles(root), plan.whitening, plan.features.channels))
+    names = [IMAGES_FILE, "plan.json", *described, *learnt]
     manifest = StoreManifest(
         plan=plan,
         metadata=tuple(FileEntry.describe(name, [(root / name).read_bytes()]) for name in sorted(names)),

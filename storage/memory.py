@@ -12,16 +12,18 @@ from storage.image_list import ImageList
 from storage.records import BadImage, FeatureRecord, StoreManifest, StorePlan
 from storage.shards import VIEW_FIELDS, small_dtypes, view_to_row
 from storage.store import FeatureReader
+from storage.whitening import NO_STATISTICS, Statistics
 
 
 class MemoryStore(FeatureReader):
     """Plain arrays over all records."""
 
     def __init__(
-        self, plan: StorePlan, images: ImageList, records: Iterable[FeatureRecord], bad: Iterable[BadImage] = ()
-    ) -> None:
+        self, plan: StorePlan, images: ImageList, records: Iterable[FeatureRecord], bad: Iterable[BadImage] = (),
+        statistics: Statistics = NO_STATISTICS,
+    ) -> None:  # fmt: skip
         """`records` in any order; every image has all its views, or is one of `bad`."""
-        self._images = images
+        self._images, self._statistics = images, statistics
         count, tokens = plan.num_records, plan.num_kept_tokens
         self._tokens: Fields = {
             name: np.zeros((count, *field.shape), field.dtype) for name, field in plan.fields.items()
@@ -54,6 +56,9 @@ class MemoryStore(FeatureReader):
 
     def load_images(self) -> ImageList:
         return self._images
+
+    def load_statistics(self) -> Statistics:
+        return self._statistics
 
     def read_encoded(self, records_B: NDArray[np.int64], out: Mapping[str, NDArray[Any]]) -> None:
         self.locate(records_B)

@@ -24,6 +24,7 @@ from storage.receipts import parse_receipt, receipt_name
 from storage.records import StoreManifest, StorePlan, refuse_other
 from storage.shards import OpenShard, SmallFiles, check_crc32c
 from storage.store import FeatureReader
+from storage.whitening import Statistics, load_statistics
 
 Check = Literal["once", "always", "never"]
 """Which reads compare a record with its checksum: the first of each record, every one, or none."""
@@ -130,6 +131,9 @@ class FileReader(FeatureReader):
         if images.fingerprint != self.plan.images_fingerprint or (committed and digest_bytes(data) != committed[0]):
             raise DamagedError(f"{path} is not the image list of this store (manifest.json names another); {REMEDY}")
         return images
+
+    def load_statistics(self) -> Statistics:
+        return load_statistics(self.files, self.plan.whitening, self.plan.features.channels)
 
     def read_encoded(self, records_B: NDArray[np.int64], out: Mapping[str, NDArray[Any]]) -> None:
         # Plain integers and one pass: at 25 us a record, numpy's fixed costs would be a tenth of the read.

@@ -21,6 +21,7 @@ from storage.fingerprint import digest_json, digest_pieces
 from storage.schema import Schema, Sealed, unsealed
 from storage.token_subset import TokenSubset
 from storage.views import View
+from storage.whitening import AnyWhitening
 
 FORMAT_VERSION = 2
 """Of the store's layout on disk, see docs/format.md; a reader refuses a newer one. Format 1 was never released."""
@@ -142,7 +143,7 @@ class StorePlan(Sealed):
     format_version: int = FORMAT_VERSION
     backend: Backend = "zarr"
     features: FeatureSpec
-    whitening: dict[str, Any]
+    whitening: AnyWhitening
     encoding: AnyEncoding = Fp16()
     token_subset: TokenSubset | None = None
     """None keeps all tokens."""

@@ -14,6 +14,7 @@ from storage.image_list import ImageList
 from storage.records import FeatureRecord, ImageKey, StoreManifest
 from storage.shards import HEIGHT, row_to_view
 from storage.views import View
+from storage.whitening import Statistics
 
 
 class FeatureReader(ABC):
@@ -54,6 +55,10 @@ class FeatureReader(ABC):
     @abstractmethod
     def rows(self, name: str, records_B: NDArray[np.int64]) -> NDArray[Any]:
         """What is stored beside the tokens: `views` (B, F) int32, `token_mean`, `token_std`, `token_scale` (B, T)."""
+
+    @abstractmethod
+    def load_statistics(self) -> Statistics:
+        """What a fitted whitening learnt, checked; no rows for the others."""
 
     def hint(self, records_B: NDArray[np.int64], *, views: bool = False) -> None:
         """Tell the system that the tokens of these records, and their rendered views, will be read soon; returns at
@@ -100,6 +105,29 @@ class FeatureReader(ABC):
         fields = {"tokens": out_BTC} if is_decoded else self.new_batch(len(records_B))
         self.read_encoded(records_B, fields)
         self.plan.encoding.decode(fields, out_BTC)
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """What the store's whitening learnt of a sample: see `plan.whitening`.
+
+        Raises:
+            DamagedError: it is not what was committed.
+        """
+        return self.load_statistics()
+
+    def raw_tokens(self, records_B: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The teacher's own tokens (B, T, C): whitening undone. They are off by `whitening.restored_error` of what the
+        whitened ones are off (by rounding to float16, and their encoding's `error_bound`), times the token's deviation.
+        """
+        tokens_BTC = np.empty((len(records_B), *self.plan.shape_TC), np.float16)
+        self.read_batch(records_B, tokens_BTC)
+        return self.unwhiten(tokens_BTC, records_B)
+
+    def unwhiten(self, tokens_BTC: NDArray[np.floating], records_B: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The same for whitened tokens that were read already."""
+        mean_BT, std_BT = self.token_statistics(records_B)
+        scaled_BTC = tokens_BTC.astype(np.float32) * std_BT[..., None] + mean_BT[..., None]
+        return self.plan.whitening.restore(scaled_BTC, self.statistics)
 
     def positions(self, records_B: NDArray[np.int64]) -> NDArray[np.int64] | None:
         """Positions (B, T) of the stored tokens among all of a view's; None where the store keeps all."""

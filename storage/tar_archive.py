@@ -1,14 +1,13 @@
-"""A tar under construction, and `.npy` files for it."""
+"""A tar under construction."""
 
-import io
 import tarfile
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from storage.fingerprint import crc32c
+from storage.npy import npy_header
 from storage.shards import Pieces
 
 BLOCK = tarfile.BLOCKSIZE
@@ -76,17 +75,3 @@ def _header_of_zero(digits: int, suffix: str, size: int) -> bytes:
     member = tarfile.TarInfo("0" * digits + suffix)
     member.size = size
     return member.tobuf(tarfile.USTAR_FORMAT)
-
-
-@lru_cache(maxsize=16)
-def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """The header of a `.npy` file, whose length is a multiple of 64 bytes."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": shape})
-    return buffer.getvalue()
-
-
-def npy_bytes(array: NDArray[Any]) -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
-    return buffer.getvalue()

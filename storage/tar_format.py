@@ -13,10 +13,8 @@ A record without tokens has no members. Names are record numbers, never image ke
 anything else, and stand in the JSON. Headers carry no time and no owner, so equal records give equal bytes.
 """
 
-import ast
-import contextlib
 import json
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,11 +25,11 @@ from storage.errors import DamagedError
 from storage.files import REMEDY, Files, Piece
 from storage.fingerprint import crc32c
 from storage.jpeg import max_view_bytes
+from storage.npy import npy_bytes, npy_header, read_npy
 from storage.records import ShardEntry, StorePlan
 from storage.shards import VIEW_FIELDS, Layout, PackedRecord, Pieces, ShardContent, SmallFiles, Spans, check_crc32c
-from storage.tar_archive import BLOCK, TarArchive, npy_bytes, npy_header
+from storage.tar_archive import BLOCK, TarArchive
 
-NPY_MAGIC = b"\x93NUMPY\x01\x00"
 INDEX_DTYPE = np.dtype(
     [
         ("tokens_offset", "<i8"), ("tokens_bytes", "<u4"),
@@ -116,30 +114,6 @@ def _pack_record(
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_npy(path: str, data: bytes, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
-    """The rows of a `.npy` file, as a view of `data`: nothing is unpickled, and no memory is taken for what it claims.
-
-    Raises:
-        DamagedError: it does not hold exactly `count` rows of `dtype`.
-    """
-    ours = _npy_header(dtype, count)
-    if data.startswith(ours) and len(data) - len(ours) == count * dtype.itemsize:
-        return np.frombuffer(data, dtype, count, len(ours))
-    start = 10 + int.from_bytes(data[8:10], "little")  # another version of numpy may write the header otherwise
-    header: Any = None
-    with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that it may raise
-        header = ast.literal_eval(data[10:start].decode("latin-1").strip()) if data[:8] == NPY_MAGIC else None
-    expected = {"descr": dtype.descr, "fortran_order": False, "shape": (count,)}
-    if header != expected or len(data) - start != count * dtype.itemsize:
-        raise DamagedError(f"{path} is no .npy file of {count} rows of {dtype.itemsize} bytes; {REMEDY}")
-    return np.frombuffer(data, dtype, count, start)
-
-
-@lru_cache(maxsize=8)
-def _npy_header(dtype: np.dtype[Any], count: int) -> bytes:
-    return npy_bytes(np.zeros(count, dtype))[: -count * dtype.itemsize]
-
-
 def _is_sound(rows: NDArray[Any], plan: StorePlan, tar_bytes: int) -> bool:
     """Whether an index stays inside its tar, and is one that our writer could make."""
     tokens, tokens_bytes = plan.num_kept_tokens, rows["tokens_bytes"].astype(np.int64)
@@ -181,7 +155,9 @@ class TarShard:
 
     def _index(self, *, keep: bool = True) -> NDArray[Any]:
         data = self._files.read(self._name, self._digest, keep=keep)
-        return read_npy(f"{self._files.files.location}/{self._name}", data, INDEX_DTYPE, self._plan.records_per_shard)
+        return read_npy(
+            f"{self._files.files.location}/{self._name}", data, INDEX_DTYPE, (self._plan.records_per_shard,)
+        )
 
     @cached_property
     def jpegs(self) -> Spans:

@@ -16,6 +16,7 @@ from storage.reader import load_manifest
 from storage.receipts import receipt_name, receipt_path
 from storage.records import FileEntry, ShardEntry, StoreManifest, StorePlan, refuse_other
 from storage.shards import SmallFiles
+from storage.whitening import STATISTICS_FILE, load_statistics
 
 STORE = -1
 """Stands for the shard of what belongs to no shard: plan, image list, manifest, metadata."""
@@ -137,6 +138,11 @@ def _check_metadata(files: Files) -> tuple[StorePlan | None, StoreManifest | Non
             found[IMAGES_FILE] = "swapped: the images of another store"
     except (DamagedError, DiskError) as error:
         found[IMAGES_FILE] = _reason(files, IMAGES_FILE, error)
+    if plan is not None:
+        try:
+            load_statistics(files, plan.whitening, plan.features.channels)
+        except (DamagedError, DiskError) as error:
+            found[STATISTICS_FILE] = _reason(files, STATISTICS_FILE, error)
     for file in manifest.metadata if manifest else ():
         if not found.get(file.name, "").startswith("swapped") and (wrong := _wrong_size(files, file)):
             found[file.name] = wrong

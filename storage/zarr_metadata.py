@@ -43,25 +43,36 @@ MEANINGS = {
     "view_crc32c": ArrayMeaning(("record",), "crc32c of a record's JPEG"),
 }
 
+NOT_BY_TOKEN = {
+    "tokens": ArrayMeaning(
+        ("record", "token", "channel"),
+        "whitened tokens, encoded as decant.encoding says; decant.whitening says how to undo it, with whitening.npy",
+    ),
+    "token_mean": ArrayMeaning(("record", "token"), "0: tokens are not whitened one by one"),
+    "token_std": ArrayMeaning(("record", "token"), "1: tokens are not whitened one by one"),
+}
+"""The same where the whitening is not by token."""
+
 
 def encode_metadata(plan: StorePlan) -> dict[str, bytes]:
     """The metadata files of the group and its arrays. Written here, because zarr-python's differ between its versions,
     and a store must not; the tests hold them against zarr-python's all the same."""
     records, shard, (tokens, channels) = plan.num_records, plan.records_per_shard, plan.shape_TC
+    meanings = MEANINGS if plan.whitening.is_per_token else MEANINGS | NOT_BY_TOKEN
     dtype = np.dtype(plan.fields["tokens"].dtype)
     codecs = [*_values(dtype), *_compressor(plan), CRC32C]
     arrays = {
         "tokens": _array(
             "tokens", dtype, (records, tokens, channels), (shard, tokens, channels),
-            [_sharding((1, tokens, channels), codecs)],
+            [_sharding((1, tokens, channels), codecs)], meanings,
         )
     }  # fmt: skip
     for name, (row, dtype) in small_arrays(plan).items():
-        arrays[name] = _array(name, dtype, (records, *row), (shard, *row), [*_values(dtype), CRC32C])
+        arrays[name] = _array(name, dtype, (records, *row), (shard, *row), [*_values(dtype), CRC32C], meanings)
     if plan.stored_views is not None:
         capacity, dtype = jpeg_capacity(plan), np.dtype("u1")
         codecs = [_sharding((JPEG_CHUNK_BYTES,), _values(dtype))]
-        arrays["view_jpegs"] = _array("view_jpegs", dtype, (plan.num_shards * capacity,), (capacity,), codecs)
+        arrays["view_jpegs"] = _array("view_jpegs", dtype, (plan.num_shards * capacity,), (capacity,), codecs, meanings)
     group = {"attributes": {"decant": plan.to_json()}, "zarr_format": 3, "node_type": "group"}
     files = {"zarr.json": group} | {f"{name}/zarr.json": array for name, array in arrays.items()}
     texts = {name: json.dumps(value, indent=1, sort_keys=True, allow_nan=False) for name, value in files.items()}
@@ -72,10 +83,11 @@ CRC32C = {"name": "crc32c"}
 
 
 def _array(
-    name: str, dtype: np.dtype[Any], shape: tuple[int, ...], chunk: tuple[int, ...], codecs: list[Any]
-) -> dict[str, Any]:
+    name: str, dtype: np.dtype[Any], shape: tuple[int, ...], chunk: tuple[int, ...], codecs: list[Any],
+    meanings: dict[str, ArrayMeaning],
+) -> dict[str, Any]:  # fmt: skip
     """The metadata of one array. Source: the Zarr v3 core specification, "Array metadata"."""
-    dimensions, description = MEANINGS[name]
+    dimensions, description = meanings[name]
     fill = fill_value(dtype)
     return {
         "shape": shape,

@@ -91,7 +91,7 @@ def test_the_plan_tells_everything_that_made_the_store(toy_store: Callable[..., 
     data, root = toy_store(views=2)
     plan, spec = open_store(root).plan, find_teacher("toy")
     assert plan.features == spec.feature_spec()
-    assert plan.whitening == {"kind": "layer_norm", "eps": 1e-5}
+    assert plan.whitening.to_json() == {"kind": "layer_norm", "eps": 1e-5}
     assert plan.sampler == RandomResizedCrop().to_json()
     assert plan.renderer == Renderer().describe()
     assert plan.images_fingerprint == load_index(data).split("train").fingerprint

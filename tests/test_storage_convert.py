@@ -23,6 +23,7 @@ from storage.store import FeatureReader
 from storage.token_subset import TokenSubset
 from storage.verify import iter_damage
 from storage.views import CentreCrop, Renderer
+from storage.whitening import LayerNorm
 from storage.writer import ShardWriter
 from tests.fixtures.any_store import INT8, SUBSET
 
@@ -164,7 +165,7 @@ def of_pictures(make_index: Any, tmp_path: Path) -> tuple[FeatureReader, Any]:
     _, index = make_index(per_class=3, eval_fraction=0.0)
     images = index.images.at("")
     plan = StorePlan(
-        features=FeatureSpec(teacher="made-up", num_prefix_tokens=0, grid_hw=(2, 2), channels=8), whitening={},
+        features=FeatureSpec(teacher="made-up", num_prefix_tokens=0, grid_hw=(2, 2), channels=8), whitening=LayerNorm(),
         sampler=CentreCrop().to_json(), renderer=Renderer().describe(), images_fingerprint=images.fingerprint,
         teacher_fingerprint="w", teacher={"input_px": 32}, num_images=6, views_per_image=1, images_per_shard=4,
     )  # fmt: skip

@@ -194,7 +194,7 @@ def test_every_field_of_a_plan_is_part_of_its_identity(image_list: Any, store_pl
     changes: dict[str, Any] = {
         "format_version": 1, "backend": "wds",
         "features": {"teacher": "x", "num_prefix_tokens": 1, "grid_hw": (2, 3), "channels": 8},
-        "whitening": {}, "encoding": {"kind": "int8"}, "token_subset": {"fraction": 0.5},
+        "whitening": {"kind": "none"}, "encoding": {"kind": "int8"}, "token_subset": {"fraction": 0.5},
         "stored_views": {"px": 8, "codec": {}}, "labels_fingerprint": "x",
         "sampler": {}, "renderer": {}, "images_fingerprint": "x",
         "teacher_fingerprint": "x", "teacher": {"x": 1}, "num_images": 5, "views_per_image": 3, "images_per_shard": 4,

@@ -14,6 +14,7 @@ from storage.encodings import Int8, Zstd
 from storage.errors import DamagedError
 from storage.files import LocalFiles
 from storage.folder import finish_store, load_plan
+from storage.npy import NPY_MAGIC, npy_bytes
 from storage.reader import open_store
 from storage.receipts import parse_receipt, receipt_name
 from storage.records import FileEntry
@@ -35,7 +36,7 @@ def forge_index(root: Path, data: bytes) -> None:
 
 def npy(header: str, body: bytes = b"") -> bytes:
     text = header.encode() + b"\n"
-    return tar_format.NPY_MAGIC + len(text).to_bytes(2, "little") + text + body
+    return NPY_MAGIC + len(text).to_bytes(2, "little") + text + body
 
 
 DESCR = repr(tar_format.INDEX_DTYPE.descr)
@@ -85,11 +86,11 @@ def test_a_hostile_index_is_damage(make_store: Callable[..., Any], data: bytes) 
 def test_an_index_that_leads_out_of_its_tar_is_damage(make_store: Callable[..., Any], name: str, value: int) -> None:
     root, _, _ = make_store(backend="wds", num_images=3, encoding=INT8, view_px=16)
     rows = np.load(root / tar_format.index_name(0))
-    forge_index(root, tar_format.npy_bytes(rows))
+    forge_index(root, npy_bytes(rows))
     open_store(root).read_batch(np.array([0]), np.empty((1, 7, 8), np.float16))
     end = (root / tar_format.tar_name(0)).stat().st_size
     rows[name][1] = end - 1 if value == BEFORE_THE_END else value
-    forge_index(root, tar_format.npy_bytes(rows))
+    forge_index(root, npy_bytes(rows))
     with pytest.raises(DamagedError, match="leads out of its tar"):
         open_store(root).read_batch(np.array([0]), np.empty((1, 7, 8), np.float16))
 
@@ -107,7 +108,7 @@ def test_a_compressed_record_cannot_ask_for_memory(make_store: Callable[..., Any
     )
     receipt.write_bytes(entry.model_copy(update={"files": longer}).to_file())
     rows["tokens_bytes"][0] = 2**31
-    forge_index(root, tar_format.npy_bytes(rows))
+    forge_index(root, npy_bytes(rows))
     with pytest.raises(DamagedError, match="leads out of its tar"):
         open_store(root).read_batch(np.array([0]), np.empty((1, 7, 8), np.float16))
 

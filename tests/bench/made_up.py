@@ -12,6 +12,7 @@ from storage.folder import create_store, finish_store
 from storage.image_index import ImageList
 from storage.records import FeatureRecord, FeatureSpec, ImageKey, StorePlan
 from storage.views import CentreCrop, Renderer, View
+from storage.whitening import LayerNorm
 from storage.writer import ShardWriter
 
 VIT_B = FeatureSpec(teacher="made-up", num_prefix_tokens=1, grid_hw=(14, 14), channels=768)
@@ -62,8 +63,9 @@ def made_up_images(count: int) -> ImageList:
 
 def made_up_plan(images: ImageList, **changes: Any) -> StorePlan:
     values = {
-        "features": VIT_B, "whitening": {}, "sampler": CentreCrop().to_json(), "renderer": Renderer().describe(),
-        "images_fingerprint": images.fingerprint, "teacher_fingerprint": "made-up", "teacher": {},
+        "features": VIT_B, "whitening": LayerNorm(), "sampler": CentreCrop().to_json(),
+        "renderer": Renderer().describe(), "images_fingerprint": images.fingerprint,
+        "teacher_fingerprint": "made-up", "teacher": {},
         "num_images": len(images), "views_per_image": 1, "images_per_shard": SHARD_RECORDS,
     }  # fmt: skip
     return StorePlan.model_validate(values | changes)
