@@ -16,6 +16,9 @@ Tap = Literal["final_norm", "block", "projected"]
 `block`: of a block, as it leaves them; for networks without a final norm, and convolutional ones;
 `projected`: `final_norm`, then CLIP's projection into the space that it shares with text."""
 
+Precision = Literal["float32", "bfloat16", "float16"]
+"""Of a teacher's matrix products and convolutions."""
+
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 
@@ -60,7 +63,7 @@ class TeacherSpec(Schema):
     licence: str = "unknown"
     """Of the weights."""
     paper: bool = False
-    """One of the paper's teachers."""
+    """One of the paper's teachers, or its sibling of another size."""
     million_parameters: float = 0
     gflops: float = 0
     """Floating-point operations of one view's forward pass at `input_px`, in 10^9; a multiply-add counts as two."""
@@ -109,24 +112,13 @@ class TeacherSpec(Schema):
                 f"the final norm of teacher {self.name!r} is for its last stage only; for stage {block % count} use "
                 "extract.tap=block"
             )
-        known = self.stage_channels.index(self.channels)
-        wanted = block % count
+        known, wanted = self.block % count, block % count
         patch_px = self.patch_px * 2**wanted // 2**known
         return {"patch_px": patch_px, "channels": self.stage_channels[wanted]}
 
     def identity(self) -> dict[str, Any]:
         """What decides its tokens, beside the weights' tensors: the part that a store's plan holds."""
-        fields = {
-            "name",
-            "library",
-            "patch_px",
-            "channels",
-            "num_prefix_tokens",
-            "mean",
-            "std",
-            "input_px",
-            "tap",
-            "block",
-        }
+        fields = {"name", "library", "input_px", "patch_px", "channels", "num_prefix_tokens"}
+        fields |= {"mean", "std", "tap", "block"}
         fields |= {"code_digest"} if self.code_digest else {"model", "options"}  # wherever the file lies
         return self.model_dump(mode="json", include=fields)
