@@ -16,7 +16,9 @@ precision.py   how far its fast path is from float32
 batch_size.py  how many views go through it at a time
 whiten.py      per-token standardisation
 plan.py        a store's plan, before anything is extracted
-worker.py      one shard: read, render, forward, whiten, commit
+render.py      images to the views that teachers look at
+worker.py      one shard of one or several stores: read, render, forward, whiten, commit
 cluster.py     many shards: in this process or on Ray (the only file that imports ray)
-run.py         the stage
+filling.py     one store while it is filled, and its metrics
+run.py         the stage: one store, or several in one pass over the images
 """

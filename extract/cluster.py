@@ -1,7 +1,7 @@
 """Many shards: in this process, or on Ray. The only file that imports ray.
 
-No tensor travels: a job is a shard's number, its result a receipt of a few hundred bytes. The driver owns every retry
-decision; Ray itself never restarts or repeats anything.
+No tensor travels: a job is a shard's number, its result what the worker says of it in a few kilobytes. The driver owns
+every retry decision; Ray itself never restarts or repeats anything.
 """
 
 import contextlib
@@ -11,15 +11,16 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from extract.config import ExecutionConfig
 from storage.errors import ConfigError, DecantError, DiskError
-from storage.records import ShardEntry
 from storage.stage import Interrupted, StopRequest
 
 Job = int
-Worker = Callable[[Job], ShardEntry]
+Result = TypeVar("Result")
+"""What a worker says of a job that it has done; travels between processes, so it is small."""
+Worker = Callable[[Job], Result]
 
 _JOBS_IN_FLIGHT = 2
 """Per actor: one at work, one waiting, so that an actor never idles while the driver thinks."""
@@ -52,17 +53,17 @@ class _Attempts:
 
 def run_jobs(
     jobs: Iterable[Job],
-    make_worker: Callable[[], Worker],
+    make_worker: Callable[[], Worker[Result]],
     cfg: ExecutionConfig,
     *,
-    find_committed: Callable[[Job], ShardEntry | None],
+    find_committed: Callable[[Job], Result | None],
     stop: StopRequest,
-) -> Iterator[ShardEntry | FailedJob]:
-    """Carry out jobs in any order and yield each one's receipt, or why it was given up after `cfg.max_attempts`.
+) -> Iterator[Result | FailedJob]:
+    """Carry out jobs in any order and yield each one's result, or why it was given up after `cfg.max_attempts`.
 
     Args:
         make_worker: called once in each worker process; must be picklable for Ray.
-        find_committed: the receipt of a job that did finish although its worker died before it could say so.
+        find_committed: the result of a job that did finish although its worker died before it could say so.
 
     Raises:
         Interrupted: a stop was asked for; jobs at work are dropped, committed ones are safe.
@@ -74,11 +75,11 @@ def run_jobs(
 
 def _run_inline(
     queue: deque[Job],
-    make_worker: Callable[[], Worker],
+    make_worker: Callable[[], Worker[Result]],
     cfg: ExecutionConfig,
-    find_committed: Callable[[Job], ShardEntry | None],
+    find_committed: Callable[[Job], Result | None],
     stop: StopRequest,
-) -> Iterator[ShardEntry | FailedJob]:
+) -> Iterator[Result | FailedJob]:
     if not queue:
         return
     worker, attempts = make_worker(), _Attempts(queue, cfg.max_attempts)
@@ -95,10 +96,10 @@ def _run_inline(
                 yield failed
 
 
-class _Actors:
+class _Actors(Generic[Result]):
     """The actor pool: who is alive, and who works on what."""
 
-    def __init__(self, make_worker: Callable[[], Worker], cfg: ExecutionConfig, num_jobs: int) -> None:
+    def __init__(self, make_worker: Callable[[], Worker[Result]], cfg: ExecutionConfig, num_jobs: int) -> None:
         import ray
 
         self._ray = ray
@@ -150,24 +151,24 @@ class _Actors:
             self._ray.kill(handle)
 
 
-class _Actor:
+class _Actor(Generic[Result]):
     """Wraps a worker in a process of its own. The worker is made by a call of its own, not by the constructor: Ray
     would hide why it failed, and blame the first job for it."""
 
-    def prepare(self, make_worker: Callable[[], Worker]) -> None:
+    def prepare(self, make_worker: Callable[[], Worker[Result]]) -> None:
         self.worker = make_worker()
 
-    def run(self, job: Job) -> ShardEntry:
+    def run(self, job: Job) -> Result:
         return self.worker(job)
 
 
 def _run_on_ray(
     queue: deque[Job],
-    make_worker: Callable[[], Worker],
+    make_worker: Callable[[], Worker[Result]],
     cfg: ExecutionConfig,
-    find_committed: Callable[[Job], ShardEntry | None],
+    find_committed: Callable[[Job], Result | None],
     stop: StopRequest,
-) -> Iterator[ShardEntry | FailedJob]:
+) -> Iterator[Result | FailedJob]:
     if not queue:
         return
     with _ray_session(cfg):
@@ -183,7 +184,7 @@ def _run_on_ray(
                 ready, _ = ray.wait(list(actors.running), timeout=0.5)
                 for ref in ready:  # one at most
                     handle, job = actors.running[ref]
-                    outcome: ShardEntry | FailedJob | None = None
+                    outcome: Result | FailedJob | None = None
                     try:
                         outcome = ray.get(ref)
                     except (RayTaskError, RayActorError) as error:
@@ -200,7 +201,8 @@ def _run_on_ray(
                             at_work, *waiting = actors.replace(handle)
                             queue.extendleft(job for job in reversed(waiting) if job is not None)
                             if at_work is not None:
-                                outcome = find_committed(at_work) or attempts.retry(at_work, cause)
+                                found = find_committed(at_work)
+                                outcome = attempts.retry(at_work, cause) if found is None else found
                     else:
                         del actors.running[ref]
                         deaths_in_a_row = deaths_in_a_row if job is None else 0

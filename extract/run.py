@@ -1,25 +1,30 @@
-"""The extraction stage: fill a store, or go on filling it.
+"""The extraction stage: fill a store, or go on filling it; or several stores in one pass over the images.
 
-python -m pipeline extract --teacher clip-l --data /data/imagenet --views 4
+python -m pipeline extract --teacher clip-l,dino-b --data /data/imagenet --views 4
 """
 
+import contextlib
 import functools
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from extract.cluster import FailedJob, run_jobs
 from extract.config import ExtractConfig
+from extract.filling import Filling, find_receipts
 from extract.plan import build_plan
-from extract.worker import Worker
-from storage.errors import InputError, QuarantineError
-from storage.folder import create_store, finish_store, sweep
-from storage.image_index import ImageList, load_index
+from extract.worker import Target, Worker
+from storage.errors import ConfigError, DiskError, InputError, QuarantineError
+from storage.folder import find_plan, needed_bytes
+from storage.image_index import load_index
 from storage.lock import hold_lock
-from storage.receipts import committed_shards, read_receipt
-from storage.records import ShardEntry
-from storage.stage import Progress, SilentProgress, stop_on_signals
+from storage.records import StorePlan
+from storage.stage import Progress, SilentProgress, StopRequest, stop_on_signals
+
+_SHARED = ("split", "views", "sampler", "renderer", "records_per_shard")
+"""Settings in which stores agree that are filled in one pass: the images, their views, and what a job is."""
 
 
 def run(
@@ -28,7 +33,8 @@ def run(
     """Extract every missing shard of the store `out_dir` and finish it.
 
     Args:
-        inputs: `data`, an image index file.
+        inputs: `data`, an image index file; `extract`, a finished store whose fitted whitening is taken, if that is to
+            be shared.
 
     Returns:
         The stage's metrics.
@@ -37,73 +43,125 @@ def run(
         QuarantineError: some shards were given up; all others are committed.
         InputError: too many unusable images, or none at all.
     """
+    [outcome] = run_together([(cfg, out_dir)], inputs, progress)
+    if isinstance(outcome, QuarantineError):
+        raise outcome
+    return outcome
+
+
+def run_together(
+    stores: Sequence[tuple[ExtractConfig, Path]], inputs: Mapping[str, Path], progress: Progress | None = None
+) -> list[dict[str, Any] | QuarantineError]:
+    """`run` for several stores in one pass: each image is read and decoded once, rendered once a size, and goes through
+    every teacher that still lacks it. Each store gets the bytes that it would get alone.
+
+    Args:
+        stores: settings and folder of each one; they differ in what they like but the views. How to work is said by
+            the first one's `run`, batch sizes by each.
+
+    Returns:
+        Each store's metrics, or why it is not whole.
+
+    Raises:
+        ConfigError: the stores cannot be filled in one pass; names the setting.
+        StoreBusyError: another process writes one of them; nothing is done then.
+        InputError: too many unusable images, or none at all.
+    """
     progress = progress or SilentProgress()
+    targets = [Target(cfg, root) for cfg, root in stores]
+    _check_agreement(targets)
+    cfg = targets[0].cfg
     images = load_index(inputs["data"]).split(cfg.split)
     if not len(images):
         raise InputError(
             f"no image is in the {cfg.split!r} part of {images.location}; raise data.eval_fraction above 0"
         )
-    plan = build_plan(cfg, images, out_dir)
-    started = time.monotonic()
-    with hold_lock(out_dir), stop_on_signals() as stop:
-        create_store(out_dir, plan, images)
-        sweep(out_dir, plan)
-        done = committed_shards(out_dir, plan)
-        pending = [index for index in range(plan.num_shards) if index not in done]
-        if done:
-            progress.say(f"resuming: {len(done)} of {plan.num_shards} shards are done")
-        num_bad = _check_bad(cfg, images, done)
-        progress.start(len(images), "images", done=sum(entry.num_images for entry in done.values()))
-        make_worker = functools.partial(Worker, cfg, inputs["data"], out_dir)
-        failed: list[FailedJob] = []
-        for outcome in run_jobs(
-            pending, make_worker, cfg.run, find_committed=functools.partial(read_receipt, out_dir, plan), stop=stop
-        ):
-            if isinstance(outcome, FailedJob):
-                failed.append(outcome)
-                progress.say(f"shard {outcome.job} is given up: {outcome.reason}")
-                continue
-            done[outcome.index] = outcome
-            num_bad = _check_bad(cfg, images, done) if outcome.bad_images else num_bad
-            progress.advance(outcome.num_images, shards=f"{len(done)}/{plan.num_shards}", bad=num_bad)
-        if failed:
-            raise QuarantineError(
-                f"{len(failed)} of {plan.num_shards} shards were given up after {cfg.run.max_attempts} attempts "
-                f"(first: shard {failed[0].job}: {failed[0].reason}); all others are safe: give the same command again"
-            )
-        manifest = finish_store(out_dir)
-    seconds = time.monotonic() - started
-    extracted = sum(done[index].num_records for index in pending)
-    return {
-        "store_fingerprint": manifest.fingerprint,
-        "teacher": cfg.teacher,
-        "images": plan.num_images,
-        "views_per_image": plan.views_per_image,
-        "records": sum(entry.num_records for entry in done.values()),
-        "shards": plan.num_shards,
-        "tokens": plan.features.num_tokens,
-        "channels": plan.features.channels,
-        "layout": plan.backend,
-        "encoding": plan.encoding.kind,
-        "precision": plan.teacher["precision"],
-        "bytes": manifest.num_bytes,
-        "bad_images": [bad.to_json() for bad in manifest.bad_images],
-        "extracted_views_per_second": round(extracted / seconds, 2) if pending else None,
-    }
+    with contextlib.ExitStack() as held:
+        for target in targets:  # a lock is never waited for, so the order does not matter
+            held.enter_context(hold_lock(target.root))
+        planned = [
+            build_plan(target.cfg, images, target.root, target.cfg.whitening_from or inputs.get("extract"))
+            for target in targets
+        ]
+        started = time.monotonic()
+        stop = held.enter_context(stop_on_signals())
+        if len(targets) > 1:
+            _check_room(targets, [store.plan for store in planned])
+        fillings = [Filling(*target, store, images) for target, store in zip(targets, planned, strict=True)]
+        failed = _fill(fillings, functools.partial(Worker, targets, inputs["data"]), progress, stop)
+        seconds = time.monotonic() - started
+        outcomes: list[dict[str, Any] | QuarantineError] = []
+        for filling in fillings:
+            others = [other.cfg.teacher for other in fillings if other is not filling]
+            try:
+                outcomes.append(filling.finish(failed, seconds, others))
+            except QuarantineError as error:
+                outcomes.append(error)
+    return outcomes
 
 
-def _check_bad(cfg: ExtractConfig, images: ImageList, done: Mapping[int, ShardEntry]) -> int:
-    """Count unusable images.
+def _fill(
+    stores: Sequence[Filling], make_worker: functools.partial[Worker], progress: Progress, stop: StopRequest
+) -> list[FailedJob]:
+    """Extract what is missing; returns the jobs that were given up."""
+    plan, cfg = stores[0].plan, stores[0].cfg
+    pending = [index for index in range(plan.num_shards) if any(index not in store.done for store in stores)]
+    total = plan.num_shards * len(stores)
+
+    def num_done() -> int:
+        return sum(len(store.done) for store in stores)
+
+    if num_done():
+        progress.say(f"resuming: {num_done()} of {total} shards are done")
+    num_bad = max(store.check_bad() for store in stores)
+    num_images = {index: len(plan.images_of_shard(index)) for index in pending}
+    progress.start(plan.num_images, "images", done=plan.num_images - sum(num_images.values()))
+    failed: list[FailedJob] = []
+    find_committed = functools.partial(find_receipts, [(store.root, store.plan) for store in stores])
+    for outcome in run_jobs(pending, make_worker, cfg.run, find_committed=find_committed, stop=stop):
+        if isinstance(outcome, FailedJob):
+            failed.append(outcome)
+            progress.say(f"shard {outcome.job} is given up: {outcome.reason}")
+            for store in stores:
+                store.look_again(outcome.job)
+            continue
+        for store, entry in zip(stores, outcome, strict=True):
+            store.add(entry)
+        if any(entry.bad_images for entry in outcome):
+            num_bad = max(store.check_bad() for store in stores)
+        progress.advance(num_images[outcome[0].index], shards=f"{num_done()}/{total}", bad=num_bad)
+    return failed
+
+
+def _check_agreement(targets: Sequence[Target]) -> None:
+    first, *others = targets
+    for other in others:
+        for name in _SHARED:
+            here, there = getattr(first.cfg, name), getattr(other.cfg, name)
+            if here != there:
+                raise ConfigError(
+                    f"stores that are filled in one pass look at the same views, but extract.{name} is {here} for "
+                    f"{first.cfg.teacher!r} and {there} for {other.cfg.teacher!r}; extract one after the other"
+                )
+    roots = [target.root.resolve() for target in targets]
+    twice = next((root for number, root in enumerate(roots) if root in roots[:number]), None)
+    if twice is not None:
+        raise ConfigError(f"two of the stores that are to be filled in one pass are the same, {twice}; name one")
+
+
+def _check_room(targets: Sequence[Target], plans: Sequence[StorePlan]) -> None:
+    """Each store looks whether it has room; here, whether all that are new have it together.
 
     Raises:
-        InputError: more than `max_bad_fraction` allows.
+        DiskError: they have not.
     """
-    bad = [bad for entry in done.values() for bad in entry.bad_images]
-    allowed = max(1, int(cfg.max_bad_fraction * len(images)))
-    if len(bad) > allowed:
-        listed = "; ".join(f"{image.key}: {image.reason}" for image in bad[:5])
-        raise InputError(
-            f"{len(bad)} of {len(images)} images of {images.location} are unusable, {allowed} are allowed ({listed}); "
-            "mend or remove them, or raise extract.max_bad_fraction"
-        )
-    return len(bad)
+    needed: dict[int, int] = {}
+    for (_, root), plan in zip(targets, plans, strict=True):
+        disk = root.stat().st_dev
+        needed[disk] = needed.get(disk, 0) + (needed_bytes(plan) if find_plan(root) is None else 0)
+        free = shutil.disk_usage(root).free
+        if needed[disk] > free:
+            raise DiskError(
+                f"the {len(targets)} stores need {needed[disk] / 1e6:,.3f} MB and more at {root.parent}, where "
+                f"{free / 1e6:,.3f} MB are free; fewer teachers at a time, or smaller stores (ENCODING=int8)"
+            )

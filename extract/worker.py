@@ -1,8 +1,9 @@
-"""One shard: read, render, forward, whiten, commit. Runs in one process and knows nothing of Ray."""
+"""One shard of one or several stores: read, render, forward, whiten, commit. Runs in one process and knows nothing of
+Ray."""
 
-import itertools
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import contextlib
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,156 +14,187 @@ from numpy.typing import NDArray
 from extract.backends import load_teacher
 from extract.batch_size import choose_batch_size
 from extract.config import ExtractConfig
+from extract.render import Look, RenderedView, UnusableImage, ViewRenderer
 from extract.resolve import resolve_teacher
 from extract.teacher import Teacher
-from extract.whiten import whiten
-from storage.errors import BadImageError, ConfigError, InputError
+from extract.whiten import Whitener
+from storage.errors import ConfigError, DecantError
 from storage.folder import load_plan
 from storage.image_index import ImageList, load_index
-from storage.jpeg import decode_view, encode_view
-from storage.records import FeatureRecord, ImageKey, ShardEntry, StorePlan
-from storage.views import Renderer, View, ViewSampler, load_sampler
+from storage.receipts import read_receipt
+from storage.records import FeatureRecord, ShardEntry, StorePlan
 from storage.writer import ShardWriter
 
-
-class _Rendered(NamedTuple):
-    key: ImageKey
-    view_index: int
-    view: View
-    pixels_HWC: NDArray[np.uint8]
-    jpeg: bytes | None
+_BATCHES_AHEAD = 2
+"""Rendered before they are asked for."""
+_MOST_RENDER_THREADS = 16
 
 
-class _Unusable(NamedTuple):
-    key: ImageKey
-    reason: str
+class Target(NamedTuple):
+    """A store to fill: the settings that it is filled with, and its folder."""
+
+    cfg: ExtractConfig
+    root: Path
+
+
+class OpenStore(NamedTuple):
+    """What a worker needs to fill one store."""
+
+    root: Path
+    plan: StorePlan
+    teacher: Teacher
+    whitener: Whitener
+    batch_size: int
+
+    @property
+    def look(self) -> Look:
+        return Look.of(self.plan, self.teacher.spec.input_px)
 
 
 def extract_shard(
-    index: int, *, root: Path, plan: StorePlan, images: ImageList, teacher: Teacher, batch_size: int
-) -> ShardEntry:
-    """Compute and commit one whole shard.
+    index: int, *, stores: Sequence[OpenStore], images: ImageList, render_threads: int = 1
+) -> tuple[ShardEntry, ...]:
+    """Compute and commit one whole shard of every store that does not have it; each image is decoded once for all.
 
-    Unusable images become holes and are listed in the receipt.
+    Unusable images become holes and are listed in the receipts. A store that fails stops no other: what it raised is
+    raised when the others have their shard.
+
+    Returns:
+        The receipts, in the order of the stores.
 
     Raises:
         InputError: an image changed since it was listed.
         DiskError: no room.
     """
-    writer = ShardWriter(root, plan, images, index)
-    renderer = ViewRenderer(plan, images, teacher.spec.input_px)
-    with ThreadPoolExecutor(1) as pool:
-        shard_images = pool.map(renderer.render, plan.images_of_shard(index))
-        views = itertools.chain.from_iterable(shard_images)
-        for batch in _batches(views, writer, batch_size):
-            raw_BTC = teacher(torch.from_numpy(np.stack([view.pixels_HWC for view in batch])))
-            white = whiten(raw_BTC, [view.key for view in batch])
-            tokens_BTC, mean_BT, std_BT = (part.cpu().numpy() for part in white)
-            for number, view in enumerate(batch):
-                kept = _kept_tokens(plan, view)
-                writer.append(
-                    FeatureRecord(
-                        view.key, view.view_index, view.view, tokens_BTC[number][kept], mean_BT[number][kept],
-                        std_BT[number][kept], view.jpeg,
-                    )
-                )  # fmt: skip
-    return writer.commit()
+    entries = [read_receipt(store.root, store.plan, index) for store in stores]
+    parts = {n: _ShardPart(store, images, index) for n, store in enumerate(stores) if entries[n] is None}
+    failures: list[Exception] = []
+
+    def attempt(number: int, act: Callable[[], ShardEntry | None]) -> None:
+        try:
+            entries[number] = act()
+        except Exception as error:
+            failures.append(_named(error, stores[number]) if len(stores) > 1 else error)
+            del parts[number]
+
+    if parts:
+        plan = stores[0].plan
+        renderer = ViewRenderer(plan, images, {part.store.look for part in parts.values()})
+        most_views = _BATCHES_AHEAD * max(part.store.batch_size for part in parts.values())
+        rendered = renderer.iter_rendered(
+            plan.images_of_shard(index), threads=render_threads, ahead=-(-most_views // plan.views_per_image)
+        )
+        with contextlib.closing(rendered):  # type: ignore[type-var]
+            for image in rendered:
+                for number, part in list(parts.items()):
+                    attempt(number, lambda part=part, image=image: part.take(image))  # type: ignore[misc]
+                if not parts:
+                    break
+    for number, part in list(parts.items()):
+        attempt(number, part.commit)
+    if failures:
+        raise failures[0]
+    return tuple(entry for entry in entries if entry is not None)
 
 
-def _kept_tokens(plan: StorePlan, view: _Rendered) -> NDArray[np.int64] | slice:
+def _named(error: Exception, store: OpenStore) -> Exception:
+    """The same error, saying whose it is."""
+    name = store.plan.features.teacher
+    if isinstance(error, DecantError):
+        named: Exception = type(error)(f"teacher {name!r}: {error}")
+    else:
+        named = RuntimeError(f"teacher {name!r}: {type(error).__name__}: {error}")
+    named.__cause__ = error
+    return named
+
+
+class _ShardPart:
+    """One store's part of a shard. Its batches are its own, whatever other stores do: a store that is filled together
+    with others has the same bytes as one that is filled alone."""
+
+    def __init__(self, store: OpenStore, images: ImageList, index: int) -> None:
+        self.store, self.writer = store, ShardWriter(store.root, store.plan, images, index)
+        self.waiting: list[RenderedView] = []
+
+    def take(self, image: list[RenderedView] | UnusableImage) -> None:
+        """Run the teacher whenever there is a whole batch."""
+        if isinstance(image, UnusableImage):
+            self.writer.mark_bad(image.key, image.reason)
+            return
+        self.waiting += image
+        size = self.store.batch_size
+        while len(self.waiting) >= size:
+            batch, self.waiting = self.waiting[:size], self.waiting[size:]
+            self._append(batch)
+
+    def commit(self) -> ShardEntry:
+        if self.waiting:
+            self._append(self.waiting)
+        return self.writer.commit()
+
+    def _append(self, batch: list[RenderedView]) -> None:
+        plan, teacher, look = self.store.plan, self.store.teacher, self.store.look
+        raw_BTC = teacher(_stack(batch, look))
+        white = self.store.whitener(raw_BTC, [view.key for view in batch])
+        tokens_BTC, mean_BT, std_BT = (part.cpu().numpy() for part in white)
+        for number, view in enumerate(batch):
+            kept = _kept_tokens(plan, view)
+            self.writer.append(
+                FeatureRecord(
+                    view.key, view.view_index, view.view, tokens_BTC[number][kept], mean_BT[number][kept],
+                    std_BT[number][kept], view.pictures[look].jpeg,
+                )
+            )  # fmt: skip
+
+
+def _stack(batch: list[RenderedView], look: Look) -> torch.Tensor:
+    """(B, H, W, 3) uint8."""
+    return torch.from_numpy(np.stack([view.pictures[look].pixels_HWC for view in batch]))
+
+
+def _kept_tokens(plan: StorePlan, view: RenderedView) -> NDArray[np.int64] | slice:
     if plan.token_subset is None:
         return slice(None)
     return plan.token_subset.positions(view.key, view.view_index, plan.features.num_tokens)
 
 
-class ViewRenderer:
-    """Images to the views that the teacher looks at."""
+class Worker:
+    """Loaded teachers and open stores; `worker(index)` extracts shard `index` of those that do not have it."""
 
-    def __init__(self, plan: StorePlan, images: ImageList, out_px: int) -> None:
-        self.plan, self.images, self.out_px = plan, images, out_px
-        self.sampler: ViewSampler = load_sampler(plan.sampler)
-        self.renderer = Renderer(kernel=plan.renderer["kernel"])
+    def __init__(self, targets: Sequence[Target], data: Path) -> None:
+        """`targets` agree in their images and views, and the first one's `run` says how to work."""
+        cfg = targets[0].cfg
+        torch.set_num_threads(cfg.run.threads)
+        self.images = load_index(data).split(cfg.split)
+        opened = [(target, load_plan(target.root)) for target in targets]
+        loaded = [(target, plan, _load(target.cfg, plan)) for target, plan in opened]
+        self.stores = [  # batch sizes are chosen when all teachers have their memory
+            OpenStore(
+                target.root, plan, teacher, Whitener.of_store(target.root, plan, teacher.device),
+                choose_batch_size(teacher, target.cfg.run.batch_size),
+            )
+            for target, plan, teacher in loaded
+        ]
+        on_gpu = any(store.teacher.device.type == "cuda" for store in self.stores)
+        self.render_threads = min(_MOST_RENDER_THREADS, len(os.sched_getaffinity(0))) if on_gpu else 1
 
-    def render(self, position: int) -> list[_Rendered | _Unusable]:
-        """All views of one image."""
-        key = ImageKey(self.images.keys[position])
-        try:
-            image_HWC = self.images.read_image(position)
-        except BadImageError as error:
-            return [_Unusable(key, str(error))]
-        image_hw = image_HWC.shape[0], image_HWC.shape[1]
-        drawn = [self.sampler.view(key, number, image_hw) for number in range(self.plan.views_per_image)]
-        return [self._render_view(key, number, image_HWC, view) for number, view in enumerate(drawn)]
-
-    def _render_view(self, key: ImageKey, number: int, image_HWC: NDArray[np.uint8], view: View) -> _Rendered:
-        pixels_HWC = self.renderer.render_view(image_HWC, view, self.out_px)
-        if self.plan.stored_views is None:
-            return _Rendered(key, number, view, pixels_HWC, None)
-        # the teacher looks at the pixels that students will decode
-        jpeg = encode_view(pixels_HWC, self.plan.stored_views.codec["quality"])
-        decoded_HWC = np.empty_like(pixels_HWC, order="C")
-        decode_view(jpeg, self.out_px, decoded_HWC)
-        return _Rendered(key, number, view, decoded_HWC, jpeg)
+    def __call__(self, index: int) -> tuple[ShardEntry, ...]:
+        return extract_shard(index, stores=self.stores, images=self.images, render_threads=self.render_threads)
 
 
-def _batches(views: Iterator[_Rendered | _Unusable], writer: ShardWriter, batch_size: int) -> Iterator[list[_Rendered]]:
-    batch: list[_Rendered] = []
-    for view in views:
-        if isinstance(view, _Unusable):
-            writer.mark_bad(view.key, view.reason)
-            continue
-        batch.append(view)
-        if len(batch) == batch_size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def sample_tokens(plan: StorePlan, images: ImageList, teacher: Teacher, num_views: int) -> NDArray[np.float16]:
-    """Whitened tokens (R, T, C) of views of images that are spread evenly over the list, one view each.
+def _load(cfg: ExtractConfig, plan: StorePlan) -> Teacher:
+    """The teacher that a store is made with.
 
     Raises:
-        InputError: none of these images can be used.
+        ConfigError: its weights are others here.
     """
-    renderer = ViewRenderer(plan, images, teacher.spec.input_px)
-    positions = np.unique(np.linspace(0, len(images) - 1, min(num_views, len(images))).astype(np.int64))
-    rendered = [view for position in positions.tolist() for view in renderer.render(position)[:1]]
-    views = [view for view in rendered if isinstance(view, _Rendered)]
-    if not views:
-        raise InputError(
-            f"none of {len(positions)} images of {images.location} can be decoded; is it the right folder?"
+    teacher = load_teacher(
+        resolve_teacher(cfg), weights=cfg.weights, device=cfg.run.device, precision=plan.teacher["precision"],
+        is_compiled=cfg.run.compile, channels_last=cfg.run.channels_last,
+    )  # fmt: skip
+    if teacher.fingerprint != plan.teacher_fingerprint:
+        raise ConfigError(
+            f"this worker's weights of {cfg.teacher!r} are {teacher.fingerprint}, the store's are "
+            f"{plan.teacher_fingerprint}; give every machine the same weights file"
         )
-    batch_size = choose_batch_size(teacher)
-    batches = [views[first : first + batch_size] for first in range(0, len(views), batch_size)]
-    tokens = [
-        whiten(teacher(torch.from_numpy(np.stack([v.pixels_HWC for v in batch]))), [v.key for v in batch]).tokens_BTC
-        for batch in batches
-    ]
-    sample: NDArray[np.float16] = torch.cat([part.cpu() for part in tokens]).numpy()
-    return sample
-
-
-class Worker:
-    """A loaded teacher and an open store plan; `worker(index)` extracts shard `index`."""
-
-    def __init__(self, cfg: ExtractConfig, data: Path, root: Path) -> None:
-        torch.set_num_threads(cfg.run.threads)
-        self.root = root
-        self.plan = load_plan(root)
-        self.images = load_index(data).split(cfg.split)
-        self.teacher = load_teacher(
-            resolve_teacher(cfg), weights=cfg.weights, device=cfg.run.device, precision=self.plan.teacher["precision"],
-            is_compiled=cfg.run.compile, channels_last=cfg.run.channels_last,
-        )  # fmt: skip
-        if self.teacher.fingerprint != self.plan.teacher_fingerprint:
-            raise ConfigError(
-                f"this worker's weights of {cfg.teacher!r} are {self.teacher.fingerprint}, the store's are "
-                f"{self.plan.teacher_fingerprint}; give every machine the same weights file"
-            )
-        self.batch_size = choose_batch_size(self.teacher, cfg.run.batch_size)
-
-    def __call__(self, index: int) -> ShardEntry:
-        return extract_shard(
-            index, root=self.root, plan=self.plan, images=self.images, teacher=self.teacher, batch_size=self.batch_size
-        )
+    return teacher

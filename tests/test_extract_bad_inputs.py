@@ -11,7 +11,7 @@ from extract.backends import load_teacher
 from extract.config import ExecutionConfig, ExtractConfig
 from extract.run import run
 from extract.teachers import find_teacher
-from extract.worker import Worker
+from extract.worker import Target, Worker
 from storage.errors import ConfigError, DecantError, InputError
 from storage.folder import load_plan
 from storage.image_index import load_index
@@ -108,7 +108,7 @@ def test_other_weights_never_get_into_a_store(
     assert f"teacher_fingerprint is '{hashes[0]}', expected '{hashes[1]}'" in str(caught.value)
     assert tree_bytes(root) == before
     with pytest.raises(ConfigError, match=f"weights of 'toy' are {hashes[1]}, the store's are {hashes[0]}"):
-        Worker(cfg, data, root)  # as on another machine, whose file is another
+        Worker([Target(cfg, root)], data)  # as on another machine, whose file is another
 
 
 def test_a_teacher_that_gives_nan_is_stopped_with_the_image(

@@ -42,7 +42,7 @@ def worked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     shards: list[int] = []
     extract_shard = extract.worker.extract_shard
 
-    def note(index: int, **arguments: object) -> ShardEntry:
+    def note(index: int, **arguments: object) -> tuple[ShardEntry, ...]:
         shards.append(index)
         return extract_shard(index, **arguments)  # type: ignore[arg-type]
 
@@ -142,7 +142,7 @@ def test_a_shard_that_always_fails_is_given_up_and_the_others_finish(
     extract_shard = extract.worker.extract_shard
     attempts: list[int] = []
 
-    def fail(index: int, **arguments: object) -> ShardEntry:
+    def fail(index: int, **arguments: object) -> tuple[ShardEntry, ...]:
         attempts.append(index)
         if index == 2 or (index == 4 and attempts.count(4) < 3):
             raise RuntimeError("out of something")

@@ -12,7 +12,7 @@ from extract.backends import load_teacher
 from extract.config import ExecutionConfig, ExtractConfig
 from extract.plan import build_plan
 from extract.resolve import resolve_teacher
-from extract.worker import Worker
+from extract.worker import Target, Worker
 from storage.decode import decode_image
 from storage.folder import create_store
 from storage.image_index import build_index, load_index
@@ -97,12 +97,12 @@ def next_shards(folder: Path, data: Path, layout: str) -> Callable[[], None]:
     """Each call extracts and commits one more shard of a store."""
     cfg, root = settings(layout), folder / layout
     images = load_index(data).split("train")
-    plan = build_plan(cfg, images, root)
-    create_store(root, plan, images)
-    worker, shards = Worker(cfg, data, root), itertools.count()
+    plan, statistics = build_plan(cfg, images, root)
+    create_store(root, plan, images, statistics)
+    worker, shards = Worker([Target(cfg, root)], data), itertools.count()
 
     def run() -> None:
-        entry = worker(next(shards))
+        [entry] = worker(next(shards))
         assert entry.num_records == SHARD
 
     return run
