@@ -4,7 +4,9 @@ config.py      all settings of a run; typed overrides
 presets.py     named settings that derive from each other
 stages.py      the graph, as data
 workspace.py   what lies where in a work folder
-runner.py      plan (run, resume or skip, and why) and execute
+planning.py    run, resume or skip each stage, and why
+runner.py      execute a plan
+named_teachers.py  the teachers that a command names
 provenance.py  who made a result: command, code version, machine
 progress.py    progress on a terminal or in a log file
 demo_data.py   the demo's photographs as a folder of class folders

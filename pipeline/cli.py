@@ -14,9 +14,11 @@ from rich.console import Console
 from pipeline import provenance
 from pipeline.config import PipelineConfig, apply_overrides, parse_assignment
 from pipeline.demo_data import prepare_solar_cells
+from pipeline.named_teachers import SEVERAL, split_teachers, with_others, with_weights
+from pipeline.planning import Plan, make_plan
 from pipeline.presets import PRESETS, load_preset, preset_for_teacher
 from pipeline.progress import show_progress, show_when_slow
-from pipeline.runner import Plan, execute, make_plan
+from pipeline.runner import execute
 from pipeline.screen import console, show_plan, show_results, show_status, show_teachers
 from pipeline.stages import STAGES
 from pipeline.store_commands import COMMANDS as STORE_COMMANDS
@@ -62,8 +64,10 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(
         [
             click.option("--preset", help=f"Settings to start from: {', '.join(PRESETS)}."),
-            click.option("--teacher", help="A name of `decant teachers`."),
-            click.option("--weights", type=click.Path(path_type=Path), help="A local file with the teacher's weights."),
+            click.option("--teacher", help="A name of `decant teachers`, or several with commas (extract, plan, run)."),
+            click.option(
+                "--weights", help="A local file with the teacher's weights, `random`, or `hub`; one for each teacher."
+            ),
             click.option("--data", help="A folder of class folders, or tars of images (WebDataset)."),
             click.option("--views", type=int, help="Stored views an image."),
             LAYOUT,
@@ -102,7 +106,7 @@ def _stage_command(name: str, command: Command) -> None:
     @_options
     def invoke(work: Path, force: bool, **options: Any) -> None:
         workspace = open_workspace(work)
-        config = resolve_config(workspace, **options)
+        config = resolve_config(workspace, command=name, **options)
         run_stages(config, workspace, command.stages, command.stages if force else command.again)
 
 
@@ -117,14 +121,14 @@ def demo(work: Path, force: bool, **options: Any) -> None:
     options["preset"] = options["preset"] or "demo"
     options["data"] = options["data"] or str(prepare_solar_cells(work / "solar-cells"))
     console.print(f"demo: {PRESETS[options['preset']].expectation}; stop it at any time, the same command goes on")
-    run_stages(resolve_config(workspace, **options), workspace, ALL, ALL if force else ())
+    run_stages(resolve_config(workspace, command="demo", **options), workspace, ALL, ALL if force else ())
 
 
 @cli.command(help="What a run would do, and why; nothing is run.")
 @_options
 def plan(work: Path, force: bool, **options: Any) -> None:
     workspace = open_workspace(work)
-    config = resolve_config(workspace, **options)
+    config = resolve_config(workspace, command="plan", **options)
     show_plan(_make_plan(config, workspace, ALL, ALL if force else ()), ALL)
 
 
@@ -144,33 +148,35 @@ def teachers() -> None:
 
 
 def resolve_config(
-    workspace: Workspace, *, preset: str | None, teacher: str | None, weights: Path | None, data: str | None,
+    workspace: Workspace, *, command: str, preset: str | None, teacher: str | None, weights: str | None,
+    data: str | None,
     views: int | None, layout: str | None, encoding: str | None, store: str | None, student: str | None,
     seeds: int | None, executor: str | None,
     assignments: tuple[str, ...],
 ) -> PipelineConfig:  # fmt: skip
     """Settings of a command: a preset, or the recipe of a newly named teacher, or those of the command before it; then
-    the options."""
+    the options. Where several teachers are named, the first one counts."""
     from distill.config import find_student
-    from extract.teachers import find_teacher
+    from extract.resolve import identify_teacher
 
-    if teacher:
-        find_teacher(teacher)
+    named = split_teachers(teacher, command)
+    for name in named:
+        identify_teacher(name)
+    first = named[0] if named else None
     current = load_current(workspace)
     before = PipelineConfig.checked(current, f"{workspace.current_path} (delete it to begin anew)") if current else None
     if preset:
         config = load_preset(preset)
-    elif before is not None and teacher in (None, before.extract.teacher):
-        config = before
+    elif before is not None and (first is None or first in before.teachers):
+        config = before.led_by(first or before.extract.teacher)
         console.print(f"settings: those of the last command here ({workspace.current_path}, preset {config.preset})")
     else:
-        config = preset_for_teacher(teacher or "clip-b")
+        config = preset_for_teacher(first or "clip-b")
     if before is not None and data is None:
         config = config.model_copy(update={"data": before.data})
     changes: list[tuple[str, Any]] = [
         ("data.path", data),
-        ("extract.teacher", teacher),
-        ("extract.weights", str(weights) if weights else None),
+        ("extract.teacher", first),
         ("extract.views", views),
         ("extract.layout", layout),
         ("extract.encoding", find_encoding(encoding).to_json() if encoding else None),
@@ -180,7 +186,11 @@ def resolve_config(
         ("extract.run.executor", executor),
     ]
     overrides = [(name, value) for name, value in changes if value is not None]
-    return apply_overrides(config, overrides + [parse_assignment(text) for text in assignments])
+    config = apply_overrides(config, overrides)
+    if named and command in SEVERAL:
+        config = with_others(config, named)
+    config = with_weights(config, weights, command)
+    return apply_overrides(config, [parse_assignment(text) for text in assignments])
 
 
 def run_stages(config: PipelineConfig, workspace: Workspace, stages: tuple[str, ...], again: tuple[str, ...]) -> None:

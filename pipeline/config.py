@@ -3,7 +3,8 @@
 import difflib
 import json
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -31,16 +32,42 @@ class ReportConfig(Schema):
     title: str = "Feature distillation"
 
 
+class OtherTeacher(Schema):
+    """A further teacher that looks at the same views."""
+
+    name: str
+    weights: Literal["random"] | Path | None = None
+    """As `extract.weights`, which are the first teacher's."""
+
+
 class PipelineConfig(Schema):
     """Everything that a run depends on."""
 
     preset: str
     data: DataConfig = DataConfig()
     extract: ExtractConfig = ExtractConfig()
+    also: tuple[OtherTeacher, ...] = ()
+    """Teachers beside `extract.teacher` whose stores are filled in the same pass over the images, with the same
+    settings. No part of any stage's identity: each store is what its teacher alone would have made."""
     distill: DistillConfig = DistillConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
+
+    @property
+    def teachers(self) -> dict[str, Literal["random"] | Path | None]:
+        """Every teacher with its weights, the one that students are trained from first."""
+        return {self.extract.teacher: self.extract.weights} | {other.name: other.weights for other in self.also}
+
+    def led_by(self, teacher: str) -> "PipelineConfig":
+        """The same settings with another of `teachers` first."""
+        others = {name: weights for name, weights in self.teachers.items() if name != teacher}
+        return self.model_copy(
+            update={
+                "extract": self.extract.model_copy(update={"teacher": teacher, "weights": self.teachers[teacher]}),
+                "also": tuple(OtherTeacher(name=name, weights=weights) for name, weights in others.items()),
+            }
+        )
 
     @property
     def extract_eval(self) -> ExtractConfig:

@@ -94,7 +94,8 @@ def _settings_of(workspace: Workspace, root: Path, plan: StorePlan | None) -> Ex
     if result is not None:
         made_with = ExtractConfig.checked(result.config, f"{root}/result.json")
     else:
-        candidates = (before.extract, before.extract_eval) if before else ()
+        variants = [before.led_by(name) for name in before.teachers] if before else []
+        candidates = [cfg for variant in variants for cfg in (variant.extract, variant.extract_eval)]
         fitting = [
             cfg for cfg in candidates
             if plan and (cfg.teacher, cfg.views, cfg.sampler.to_json())
@@ -108,8 +109,7 @@ def _settings_of(workspace: Workspace, root: Path, plan: StorePlan | None) -> Ex
         made_with = fitting[0]
     changes: dict[str, object] = {"max_bad_fraction": 1.0}  # the store's bad images were accepted once
     if before is not None:
-        weights = before.extract.weights if before.extract.teacher == made_with.teacher else None
-        changes |= {"run": before.extract.run, "weights": weights}
+        changes |= {"run": before.extract.run, "weights": before.teachers.get(made_with.teacher)}
     return made_with.model_copy(update=changes)
 
 

@@ -1,173 +1,22 @@
-"""Plan (run, resume or skip, and why), then execute.
-
-A stage's fingerprint covers its version, its settings and the fingerprints of its inputs. A finished folder with that
-fingerprint is the result; anything else is not.
-"""
+"""Execute a plan: run what is not up to date, in order."""
 
 import contextlib
 import importlib
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from extract.config import ExtractConfig
-from extract.resolve import resolve_teacher
-from extract.weights import weights_identity
 from pipeline import provenance
-from pipeline.config import PipelineConfig, differences
-from pipeline.stages import STAGES, Stage, needs, upstream
-from pipeline.workspace import (
-    Workspace,
-    again_folder,
-    digest_outputs,
-    exchange,
-    find_damage,
-    finish_exchange,
-    read_result,
-    sweep_private,
-    what_became,
-    write_state,
-)
-from storage.atomic import write_file, write_json
+from pipeline.planning import Plan, StagePlan
+from pipeline.stages import needs
+from pipeline.workspace import again_folder, digest_outputs, exchange, read_result, sweep_private, write_state
+from storage.atomic import write_json
 from storage.errors import ConfigError, DecantError, StoreBusyError
-from storage.fingerprint import digest_file, digest_json
-from storage.image_index import ImageIndex, build_index, require_labels
-from storage.locations import open_files
+from storage.image_index import ImageIndex, require_labels
 from storage.lock import hold_lock
-from storage.reader import load_manifest, open_store
 from storage.stage import Interrupted, Progress, StageResult
-
-Action = Literal["run", "resume", "skip"]
-
-
-class StagePlan(NamedTuple):
-    """What will be done about one stage."""
-
-    stage: Stage
-    action: Action
-    reason: str
-    folder: Path
-    fingerprint: str
-    inputs: dict[str, str]
-    is_again: bool
-    """A finished result exists and is kept until the new one is whole."""
-
-
-class Plan(NamedTuple):
-    """What a command will do."""
-
-    config: PipelineConfig
-    workspace: Workspace
-    images: ImageIndex
-    data_path: Path
-    stages: dict[str, StagePlan]
-
-
-def make_plan(
-    config: PipelineConfig, workspace: Workspace, names: tuple[str, ...], *, again: Iterable[str] = (),
-    progress: Progress | None = None,
-) -> Plan:  # fmt: skip
-    """Decide about the stages `names` and everything they depend on. Writes nothing but the image list, and finishes
-    the exchange of a folder that was cut short.
-
-    Args:
-        again: stages to run even if they are up to date.
-        progress: hears of the images that are read for the first time.
-
-    Raises:
-        ConfigError, InputError: settings or data that cannot work.
-    """
-    resolve_teacher(config.extract)
-    index = _list_images(config, workspace, progress)
-    data_path = workspace.data_path(index.location, index.fingerprint)
-    listing = index.to_file()
-    if not data_path.exists() or data_path.read_bytes() != listing:  # the images may lie elsewhere now
-        write_file(data_path, listing)
-    plans: dict[str, StagePlan] = {}
-    for name in upstream(names, config):
-        plans[name] = _plan_stage(STAGES[name], config, workspace, index, plans, name in set(again))
-    return Plan(config, workspace, index, data_path, plans)
-
-
-def _list_images(config: PipelineConfig, workspace: Workspace, progress: Progress | None) -> ImageIndex:
-    """The images of the data set; without one, those of the store that a student is trained from."""
-    if config.data.path is not None:
-        return build_index(
-            config.data.path, eval_fraction=config.data.eval_fraction, seed=config.data.split_seed,
-            cache_dir=workspace.cache_dir, progress=progress,
-        )  # fmt: skip
-    if config.distill.store is not None:
-        images = open_store(config.distill.store).images.at("")
-        return ImageIndex(images, np.zeros(len(images), np.bool_))
-    raise ConfigError("no data: give DATA=<folder of class folders, or tars of images> (--data)")
-
-
-def _plan_stage(
-    stage: Stage, config: PipelineConfig, workspace: Workspace, index: ImageIndex, plans: dict[str, StagePlan],
-    again: bool,
-) -> StagePlan:  # fmt: skip
-    settings = stage.config(config)
-    inputs = {name: plans[name].fingerprint for name in needs(stage, config)}
-    store = stage.elsewhere(config)
-    if store:
-        inputs["store"] = load_manifest(open_files(store)).fingerprint
-    if stage.data:
-        inputs["data"] = index.fingerprint if stage.data == "all" else index.split(stage.data).fingerprint
-    if isinstance(settings, ExtractConfig):
-        inputs["weights"] = weights_identity(resolve_teacher(settings), settings.weights)
-    fingerprint = digest_json(
-        {"stage": stage.name, "version": stage.version, "settings": settings.identity(), "inputs": inputs}
-    )
-    folder = workspace.stage_dir(stage, stage.label(config), fingerprint)
-    finish_exchange(folder)
-
-    def planned(action: Action, reason: str, is_again: bool = False) -> StagePlan:
-        return StagePlan(stage, action, reason, folder, fingerprint, inputs, is_again)
-
-    result = read_result(folder)
-    if result is not None and result.fingerprint == fingerprint:
-        damage = find_damage(stage, folder, result)
-        if damage:
-            return planned("resume", damage)
-        if again:
-            return planned("run", "asked for by name; it was up to date, and stays until the new result is whole", True)
-        newer = _newer_inputs(result, plans)
-        if newer:
-            return planned("run", f"{', '.join(newer)} has a newer result", True)
-        return planned("skip", f"up to date (took {result.seconds:,.0f} s)")
-    if folder.exists():
-        return planned("resume", what_became(folder))
-    return planned("run", _why_new(stage, workspace, settings.identity(), inputs))
-
-
-def _newer_inputs(result: StageResult, plans: dict[str, StagePlan]) -> list[str]:
-    """Inputs that a stage read and that were made again since (a report reads results, not only what they point to)."""
-    read = result.metrics.get("read_results", {})
-    return [
-        name
-        for name, digest in read.items()
-        if plans[name].action != "skip" or digest_file(plans[name].folder / "result.json") != digest
-    ]
-
-
-def _why_new(stage: Stage, workspace: Workspace, identity: dict[str, object], inputs: dict[str, str]) -> str:
-    earlier = workspace.results(stage)
-    if not earlier:
-        return "not run before"
-    changes = [
-        [f"{stage.name}.{line}" for line in differences(result.config, identity)]
-        + [f"{name} changed" for name in inputs if result.inputs.get(name) != inputs[name]]
-        for _, result in earlier
-    ]
-    nearest = min(changes, key=len)
-    if not nearest:
-        return "the program's version of this stage changed"
-    more = f" and {len(nearest) - 4} more" if len(nearest) > 4 else ""
-    return "; ".join(nearest[:4]) + more
 
 
 def execute(
@@ -193,14 +42,14 @@ def execute(
     _check_labels(plan.images, wanted)
     results = {}
     for name in (name for name in plan.stages if name in wanted):
-        item = plan.stages[name]
-        if item.action == "skip":
-            result = read_result(item.folder)
-            assert result is not None
-            results[name] = result
-        else:
+        items = plan.stores() if name == "extract" else [plan.stages[name]]
+        to_do = [item for item in items if item.action != "skip"]
+        if to_do:
             with progress(name) as display:
-                results[name] = _execute_stage(plan, item, display)
+                _execute(plan, to_do, display)
+        result = read_result(plan.stages[name].folder)
+        assert result is not None
+        results[name] = result
     return results
 
 
@@ -216,34 +65,62 @@ def _check_labels(images: ImageIndex, wanted: set[str]) -> None:
                 )
 
 
-def _execute_stage(plan: Plan, item: StagePlan, progress: Progress) -> StageResult:
-    stage = item.stage
-    folder = again_folder(item.folder) if item.is_again else item.folder
-    settings = stage.config(plan.config)
+def _execute(plan: Plan, items: Sequence[StagePlan], progress: Progress) -> None:
+    """Run a stage; or, for several stores, the same stage once for all of them. What did not fail has its result even
+    where another one failed."""
+    stage = items[0].stage
+    folders = [again_folder(item.folder) if item.is_again else item.folder for item in items]
     inputs = {name: plan.stages[name].folder for name in needs(stage, plan.config)} | {"data": plan.data_path}
     started = time.monotonic()
-    with hold_lock(folder):  # nothing is touched where another command is at work
-        sweep_private(folder)
-        write_state(folder, "running")
-        (folder / "result.json").unlink(missing_ok=True)
-    with _state(folder):
-        metrics = importlib.import_module(stage.module).run(settings, inputs, folder, progress)
-        result = StageResult(
-            stage=stage.name,
-            fingerprint=item.fingerprint,
-            inputs=item.inputs,
-            config=settings.identity(),
-            metrics=metrics | {"outputs": digest_outputs(folder, stage.outputs)},
-            seconds=round(time.monotonic() - started, 2),
-            command=provenance.command_line(),
-            code_version=provenance.code_version(),
-            machine=provenance.machine(),
-        )
-        write_json(folder / "result.json", result.to_json())
-    (folder / "state.json").unlink(missing_ok=True)
-    if item.is_again:
-        exchange(item.folder)
-    return result
+    with contextlib.ExitStack() as held:  # nothing is touched where another command is at work
+        for folder in folders:
+            held.enter_context(hold_lock(folder))
+        for folder in folders:
+            sweep_private(folder)
+            write_state(folder, "running")
+            (folder / "result.json").unlink(missing_ok=True)
+    failures = []
+    with contextlib.ExitStack() as states:
+        for folder in folders:
+            states.enter_context(_state(folder))
+        for item, folder, outcome in zip(items, folders, _outcomes(items, folders, inputs, progress), strict=True):
+            if isinstance(outcome, DecantError):
+                failures.append(outcome)
+                write_state(folder, "failed", str(outcome))
+                continue
+            seconds = round(time.monotonic() - started, 2)
+            write_json(folder / "result.json", _result(item, folder, outcome, seconds).to_json())
+            (folder / "state.json").unlink(missing_ok=True)
+            if item.is_again:
+                exchange(item.folder)
+    if failures:
+        raise failures[0]
+
+
+def _outcomes(
+    items: Sequence[StagePlan], folders: Sequence[Path], inputs: dict[str, Path], progress: Progress
+) -> list[dict[str, Any] | DecantError]:
+    """The metrics of each item, or why it has none."""
+    module = importlib.import_module(items[0].stage.module)
+    if len(items) == 1:
+        return [module.run(items[0].settings, inputs, folders[0], progress)]
+    stores = [(item.settings, folder) for item, folder in zip(items, folders, strict=True)]
+    outcomes: list[dict[str, Any] | DecantError] = module.run_together(stores, inputs, progress)
+    return outcomes
+
+
+def _result(item: StagePlan, folder: Path, metrics: dict[str, Any], seconds: float) -> StageResult:
+    return StageResult(
+        stage=item.stage.name,
+        fingerprint=item.fingerprint,
+        inputs=item.inputs,
+        config=item.settings.identity(),
+        metrics=metrics | {"outputs": digest_outputs(folder, item.stage.outputs)},
+        seconds=seconds,
+        command=provenance.command_line(),
+        code_version=provenance.code_version(),
+        machine=provenance.machine(),
+    )
 
 
 @contextlib.contextmanager

@@ -5,9 +5,10 @@ import shutil
 from rich.console import Console
 from rich.table import Table
 
+from extract.config import ExtractConfig
 from extract.resolve import resolve_teacher
 from extract.teachers import TEACHERS
-from pipeline.runner import Plan
+from pipeline.planning import Plan, StagePlan
 from pipeline.stages import STAGES
 from pipeline.tables import Row, findings, result_rows
 from pipeline.workspace import Workspace, read_result, read_state
@@ -31,23 +32,41 @@ def show_plan(plan: Plan, stages: tuple[str, ...]) -> None:
     )
     table = Table(box=None, pad_edge=False, show_header=False)
     for name in stages:
-        item = plan.stages[name]
-        style = {"skip": "dim", "run": "bold", "resume": "bold"}[item.action]
-        table.add_row(name, item.action, item.reason, style=style)
+        several = plan.stores() if name == "extract" and plan.also else []
+        for title, item in [(f"{name} {_teacher(item)}", item) for item in several] or [(name, plan.stages[name])]:
+            style = {"skip": "dim", "run": "bold", "resume": "bold"}[item.action]
+            table.add_row(title, item.action, item.reason, style=style)
     console.print(table)
-    if "extract" in stages and plan.stages["extract"].action != "skip":
-        console.print(_store_size(plan, counts["train"]))
+    if plan.also and "distill" in stages:
+        console.print(f"students are trained from the store of {plan.config.extract.teacher}, the first one named")
+    if "extract" in stages:
+        _show_sizes(plan, counts["train"])
 
 
-def _store_size(plan: Plan, images: int) -> str:
-    cfg = plan.config.extract
-    spec = resolve_teacher(cfg)
-    px = spec.input_px if cfg.keeps_views else None
-    each = needed_record_bytes(spec.feature_spec(), cfg.layout, cfg.encoding, cfg.token_subset, px)
-    needed = images * cfg.views * each
-    free = shutil.disk_usage(nearest_existing(plan.workspace.root)).free
-    needs = f"{images:,} images x {cfg.views} views x {each / 1e3:,.0f} kB = {needed / 1e9:,.2f} GB"
-    return f"store ({cfg.layout}, {cfg.encoding.kind}): {needs}; {free / 1e9:,.0f} GB are free"
+def _teacher(store: StagePlan) -> str:
+    assert isinstance(store.settings, ExtractConfig)
+    return store.settings.teacher
+
+
+def _show_sizes(plan: Plan, images: int) -> None:
+    """What the stores that are not there need, and what is free."""
+    stores = [item for item in plan.stores() if item.action != "skip"]
+    free = f"{shutil.disk_usage(nearest_existing(plan.workspace.root)).free / 1e9:,.0f} GB are free"
+    total = 0
+    for item in stores:
+        cfg = item.settings
+        assert isinstance(cfg, ExtractConfig)
+        spec = resolve_teacher(cfg)
+        px = spec.input_px if cfg.keeps_views else None
+        each = needed_record_bytes(spec.feature_spec(), cfg.layout, cfg.encoding, cfg.token_subset, px)
+        needed = images * cfg.views * each
+        total += needed
+        whose = f"{cfg.teacher}: " if plan.also else ""
+        needs = f"{images:,} images x {cfg.views} views x {each / 1e3:,.0f} kB = {needed / 1e9:,.2f} GB"
+        tail = "" if len(stores) > 1 else f"; {free}"
+        console.print(f"store ({whose}{cfg.layout}, {cfg.encoding.kind}): {needs}{tail}")
+    if len(stores) > 1:
+        console.print(f"stores together: {total / 1e9:,.2f} GB; {free}; the images are read once for all of them")
 
 
 def show_results(plan: Plan, results: dict[str, StageResult]) -> None:
@@ -55,6 +74,8 @@ def show_results(plan: Plan, results: dict[str, StageResult]) -> None:
     for name, result in results.items():
         if name in ("extract", "distill"):
             console.print(f"{name}: {plan.stages[name].folder} ({short(result.fingerprint)})", soft_wrap=True)
+        for item in plan.also.values() if name == "extract" else ():
+            console.print(f"{name}: {item.folder} ({short(item.fingerprint)})", soft_wrap=True)
     rows = result_rows(results)
     if rows:
         console.print(_results_table(rows))

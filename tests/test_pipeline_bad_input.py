@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipeline import runner
+from pipeline import planning
 from pipeline.stages import STAGES
 from pipeline.workspace import Workspace
 from storage.errors import QuarantineError
@@ -201,7 +201,7 @@ def test_no_room_is_seen_before_the_work(
 def test_our_own_bug_is_one_line_and_a_file(
     decant: Decant, copy_run: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(runner, "build_index", lambda *args, **options: {}["no such key"])
+    monkeypatch.setattr(planning, "build_index", lambda *args, **options: {}["no such key"])
     outcome = decant("run", "--work", copy_run[1])
     crash = tmp_path / "decant-crash.txt"
     check(outcome, 1, f"bug: KeyError: 'no such key' (traceback in {crash}); please report it")
@@ -227,7 +227,7 @@ def test_other_ends(
     def fail(*args: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr(runner, "build_index", fail)
+    monkeypatch.setattr(planning, "build_index", fail)
     outcome = decant("run", "--work", copy_run[1])
     assert outcome.code == code
     assert said in outcome.err

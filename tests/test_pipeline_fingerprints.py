@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipeline.config import PipelineConfig, apply_overrides, parse_assignment
 from pipeline.presets import load_preset
-from pipeline.runner import Plan, make_plan
+from pipeline.planning import Plan, make_plan
 from pipeline.stages import STAGES, upstream
 from pipeline.workspace import Workspace
 from storage.errors import ConfigError, InputError

@@ -28,12 +28,12 @@ Resolve = Callable[..., PipelineConfig]
 def resolve(tmp_path: Path) -> Resolve:
     """Settings of a command with some options, in a work folder with or without settings of an earlier command."""
 
-    def run(before: PipelineConfig | None = None, **options: Any) -> PipelineConfig:
+    def run(before: PipelineConfig | None = None, command: str = "run", **options: Any) -> PipelineConfig:
         workspace = Workspace(tmp_path / "runs")
         shutil.rmtree(workspace.root, ignore_errors=True)
         if before is not None:
             write_json(workspace.current_path, before.to_json())
-        return resolve_config(workspace, **(NOTHING | options))
+        return resolve_config(workspace, command=command, **(NOTHING | options))
 
     return run
 
@@ -100,7 +100,7 @@ def test_a_preset_brings_everything_but_the_data(resolve: Resolve) -> None:
 
 def test_every_option_is_a_setting(resolve: Resolve) -> None:
     config = resolve(
-        preset="smoke", teacher="mae-b", weights=Path("w.pt"), data="2024", views=3, student="vit-s", seeds=4,
+        preset="smoke", teacher="mae-b", weights="w.pt", data="2024", views=3, student="vit-s", seeds=4,
         executor="ray", layout="wds", encoding="int8", store="s3://b/x",
         assignments=("distill.epochs=11", "extract.views=6"),
     )  # fmt: skip
@@ -141,7 +141,7 @@ def test_settings_that_cannot_be_read_say_what_to_do(
 ) -> None:
     (tmp_path / "current.json").write_text(text)
     with pytest.raises(error) as caught:
-        resolve_config(Workspace(tmp_path), **NOTHING)
+        resolve_config(Workspace(tmp_path), command="run", **NOTHING)
     assert str(tmp_path / "current.json") in str(caught.value)
     assert said in str(caught.value)
     assert "delete it" in str(caught.value)

@@ -1,0 +1,169 @@
+"""What a command will do: run, resume or skip each stage, and why.
+
+A stage's fingerprint covers its version, its settings and the fingerprints of its inputs. A finished folder with that
+fingerprint is the result; anything else is not.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from extract.config import ExtractConfig
+from extract.resolve import resolve_teacher
+from extract.weights import weights_identity
+from pipeline.config import PipelineConfig, differences
+from pipeline.stages import STAGES, Stage, needs, upstream
+from pipeline.workspace import Workspace, find_damage, finish_exchange, read_result, what_became
+from storage.atomic import write_file
+from storage.errors import ConfigError
+from storage.fingerprint import digest_file, digest_json
+from storage.image_index import ImageIndex, build_index
+from storage.locations import open_files
+from storage.reader import load_manifest, open_store
+from storage.schema import Schema
+from storage.stage import Progress, StageResult
+
+Action = Literal["run", "resume", "skip"]
+
+
+class StagePlan(NamedTuple):
+    """What will be done about one stage."""
+
+    stage: Stage
+    action: Action
+    reason: str
+    folder: Path
+    fingerprint: str
+    inputs: dict[str, str]
+    settings: Schema
+    is_again: bool
+    """A finished result exists and is kept until the new one is whole."""
+
+
+class Plan(NamedTuple):
+    """What a command will do."""
+
+    config: PipelineConfig
+    workspace: Workspace
+    images: ImageIndex
+    data_path: Path
+    stages: dict[str, StagePlan]
+    also: dict[str, StagePlan]
+    """By the teacher's name: further stores that are filled in the same pass as that of `extract`."""
+
+    def stores(self) -> list[StagePlan]:
+        """All stores that `extract` fills."""
+        return [self.stages["extract"], *self.also.values()]
+
+
+def make_plan(
+    config: PipelineConfig, workspace: Workspace, names: tuple[str, ...], *, again: Iterable[str] = (),
+    progress: Progress | None = None,
+) -> Plan:  # fmt: skip
+    """Decide about the stages `names` and everything they depend on. Writes nothing but the image list, and finishes
+    the exchange of a folder that was cut short.
+
+    Args:
+        again: stages to run even if they are up to date.
+        progress: hears of the images that are read for the first time.
+
+    Raises:
+        ConfigError, InputError: settings or data that cannot work.
+    """
+    variants = {name: config.led_by(name) for name in config.teachers if name != config.extract.teacher}
+    for variant in (config, *variants.values()):
+        resolve_teacher(variant.extract)
+    index = _list_images(config, workspace, progress)
+    data_path = workspace.data_path(index.location, index.fingerprint)
+    listing = index.to_file()
+    if not data_path.exists() or data_path.read_bytes() != listing:  # the images may lie elsewhere now
+        write_file(data_path, listing)
+    plans: dict[str, StagePlan] = {}
+    for name in upstream(names, config):
+        plans[name] = _plan_stage(STAGES[name], config, workspace, index, plans, name in set(again))
+    extract, is_named = STAGES["extract"], "extract" in names
+    also = {
+        name: _plan_stage(extract, variant, workspace, index, plans, extract.name in set(again))
+        for name, variant in variants.items()
+        if is_named
+    }
+    return Plan(config, workspace, index, data_path, plans, also)
+
+
+def _list_images(config: PipelineConfig, workspace: Workspace, progress: Progress | None) -> ImageIndex:
+    """The images of the data set; without one, those of the store that a student is trained from."""
+    if config.data.path is not None:
+        return build_index(
+            config.data.path, eval_fraction=config.data.eval_fraction, seed=config.data.split_seed,
+            cache_dir=workspace.cache_dir, progress=progress,
+        )  # fmt: skip
+    if config.distill.store is not None:
+        images = open_store(config.distill.store).images.at("")
+        return ImageIndex(images, np.zeros(len(images), np.bool_))
+    raise ConfigError("no data: give DATA=<folder of class folders, or tars of images> (--data)")
+
+
+def _plan_stage(
+    stage: Stage, config: PipelineConfig, workspace: Workspace, index: ImageIndex, plans: dict[str, StagePlan],
+    again: bool,
+) -> StagePlan:  # fmt: skip
+    settings = stage.config(config)
+    inputs = {name: plans[name].fingerprint for name in needs(stage, config)}
+    store = stage.elsewhere(config)
+    if store:
+        inputs["store"] = load_manifest(open_files(store)).fingerprint
+    if stage.data:
+        inputs["data"] = index.fingerprint if stage.data == "all" else index.split(stage.data).fingerprint
+    if isinstance(settings, ExtractConfig):
+        inputs["weights"] = weights_identity(resolve_teacher(settings), settings.weights)
+    fingerprint = digest_json(
+        {"stage": stage.name, "version": stage.version, "settings": settings.identity(), "inputs": inputs}
+    )
+    folder = workspace.stage_dir(stage, stage.label(config), fingerprint)
+    finish_exchange(folder)
+
+    def planned(action: Action, reason: str, is_again: bool = False) -> StagePlan:
+        return StagePlan(stage, action, reason, folder, fingerprint, inputs, settings, is_again)
+
+    result = read_result(folder)
+    if result is not None and result.fingerprint == fingerprint:
+        damage = find_damage(stage, folder, result)
+        if damage:
+            return planned("resume", damage)
+        if again:
+            return planned("run", "asked for by name; it was up to date, and stays until the new result is whole", True)
+        newer = _newer_inputs(result, plans)
+        if newer:
+            return planned("run", f"{', '.join(newer)} has a newer result", True)
+        return planned("skip", f"up to date (took {result.seconds:,.0f} s)")
+    if folder.exists():
+        return planned("resume", what_became(folder))
+    return planned("run", _why_new(stage, workspace, settings.identity(), inputs))
+
+
+def _newer_inputs(result: StageResult, plans: dict[str, StagePlan]) -> list[str]:
+    """Inputs that a stage read and that were made again since (a report reads results, not only what they point to)."""
+    read = result.metrics.get("read_results", {})
+    return [
+        name
+        for name, digest in read.items()
+        if plans[name].action != "skip" or digest_file(plans[name].folder / "result.json") != digest
+    ]
+
+
+def _why_new(stage: Stage, workspace: Workspace, identity: dict[str, object], inputs: dict[str, str]) -> str:
+    earlier = workspace.results(stage)
+    if not earlier:
+        return "not run before"
+    changes = [
+        [f"{stage.name}.{line}" for line in differences(result.config, identity)]
+        + [f"{name} changed" for name in inputs if result.inputs.get(name) != inputs[name]]
+        for _, result in earlier
+    ]
+    nearest = min(changes, key=len)
+    if not nearest:
+        return "the program's version of this stage changed"
+    more = f" and {len(nearest) - 4} more" if len(nearest) > 4 else ""
+    return "; ".join(nearest[:4]) + more
