@@ -10,6 +10,7 @@ from storage.encodings import AnyEncoding, Fp16
 from storage.schema import Schema
 from storage.token_subset import TokenSubset
 from storage.views import CentreCrop, RandomResizedCrop, Renderer
+from storage.whitening import AnyWhitening, LayerNorm
 
 
 class ExecutionConfig(Schema):
@@ -37,7 +38,7 @@ class ExecutionConfig(Schema):
 class ExtractConfig(Schema):
     """Which teacher looks at which views."""
 
-    not_identity: ClassVar[frozenset[str]] = frozenset({"weights", "max_bad_fraction", "run"})
+    not_identity: ClassVar[frozenset[str]] = frozenset({"weights", "whitening_from", "max_bad_fraction", "run"})
 
     teacher: str = "clip-b"
     """A name of `make teachers`."""
@@ -58,6 +59,12 @@ class ExtractConfig(Schema):
     renderer: Renderer = Renderer()
     layout: Literal["zarr", "wds"] = "zarr"
     """`zarr`: arrays of tokens, images are read from their source; `wds`: tars that hold the rendered views too."""
+    whitening: AnyWhitening = LayerNorm()
+    """What makes teachers of different magnitude comparable targets: layer_norm (the paper's, token by token), mean_std
+    and pca (fitted on `fit_views`), or none."""
+    whitening_from: str | None = None
+    """A finished store, a path or URL, whose fitted whitening is taken instead of a fit: tokens of stores can be
+    compared only where they were whitened alike."""
     encoding: AnyEncoding = Fp16()
     """How tokens are stored: fp16 exactly, int8 in half the bytes, bit_round and zstd for archives."""
     token_fraction: float = Field(default=1.0, gt=0, le=1)
@@ -68,7 +75,7 @@ class ExtractConfig(Schema):
     view_quality: int = Field(default=95, ge=50, le=100)
     """Of these JPEGs."""
     fit_views: int = Field(default=256, ge=1)
-    """Views that the int8 encoding's channel scales are fitted on."""
+    """Views that whitening (mean_std, pca) and the int8 encoding's channel scales are fitted on."""
     records_per_shard: int = Field(default=512, ge=1)
     """Views in one shard, the unit of work and of commit; rounded down to whole images."""
     max_bad_fraction: float = Field(default=0.001, ge=0, le=1)

@@ -1,26 +1,61 @@
 """A store's plan: who the teacher is, and what whitening and the encoding learn from a sample of views."""
 
+import functools
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from extract.backends import load_teacher
 from extract.config import ExtractConfig
+from extract.fit import Fitted, SampleBatch, fit_whitening, iter_sample
 from extract.resolve import resolve_teacher
-from extract.teacher import Teacher, choose_precision
-from extract.worker import sample_tokens
-from storage.encodings import Encoding, fit_encoding, is_fitted
+from extract.teacher import choose_precision
+from extract.whiten import Whitener
+from storage.encodings import fit_encoding, is_fitted, unfitted
+from storage.errors import ConfigError, DamagedError
+from storage.files import LocalFiles
 from storage.folder import find_plan
 from storage.image_index import ImageList
 from storage.jpeg import ViewCodec
+from storage.reader import open_store
 from storage.records import StoredViews, StorePlan
-from storage.whitening import LayerNorm
+from storage.whitening import NO_STATISTICS, STATISTICS_FILE, MeanStd, Pca, Statistics, load_statistics
+
+Sample = Callable[[], Iterable[SampleBatch]]
+"""Begins the sample anew; nothing is computed before."""
 
 
-def build_plan(cfg: ExtractConfig, images: ImageList, out_dir: Path) -> StorePlan:
-    """Load the teacher once, here, to learn who it is; workers load their own copies and compare."""
+class PlannedStore(NamedTuple):
+    """All that `create_store` needs to know."""
+
+    plan: StorePlan
+    statistics: Statistics
+    """What a fitted whitening learnt."""
+
+
+def build_plan(
+    cfg: ExtractConfig, images: ImageList, out_dir: Path, whitening_from: Path | str | None = None
+) -> PlannedStore:
+    """Load the teacher once, here, to learn who it is; workers load their own copies and compare.
+
+    A store that has begun in `out_dir` keeps what it learnt: on another machine a fit may differ in its last digits,
+    and with it the store.
+
+    Args:
+        whitening_from: a finished store whose whitening this one shares, so that their tokens can be compared.
+
+    Raises:
+        ConfigError: that store is of another teacher or whitening.
+        DamagedError: what the begun store's whitening learnt is gone, and a fit gives something else.
+        InputError: images or tokens that nothing can be learnt from.
+    """
     spec = resolve_teacher(cfg)
-    device = "cpu" if is_fitted(cfg.encoding) else cfg.run.device
+    learns = not is_fitted(cfg.encoding) or not cfg.whitening.is_fitted
     precision = choose_precision(cfg.precision, cfg.run.device)
-    teacher = load_teacher(spec, weights=cfg.weights, device=device, precision=precision)
+    teacher = load_teacher(spec, weights=cfg.weights, device=cfg.run.device if learns else "cpu", precision=precision)
     views = None
     if cfg.keeps_views:
         codec = ViewCodec(px=spec.input_px, quality=cfg.view_quality)
@@ -28,7 +63,7 @@ def build_plan(cfg: ExtractConfig, images: ImageList, out_dir: Path) -> StorePla
     plan = StorePlan(
         backend=cfg.layout,
         features=teacher.features,
-        whitening=LayerNorm(),
+        whitening=cfg.whitening,
         encoding=cfg.encoding,
         token_subset=cfg.token_subset,
         stored_views=views,
@@ -42,17 +77,71 @@ def build_plan(cfg: ExtractConfig, images: ImageList, out_dir: Path) -> StorePla
         views_per_image=cfg.views,
         images_per_shard=cfg.images_per_shard,
     )
-    if is_fitted(plan.encoding):
-        return plan
-    return plan.model_copy(update={"encoding": _fitted_encoding(cfg, plan, images, teacher, out_dir)})
-
-
-def _fitted_encoding(
-    cfg: ExtractConfig, plan: StorePlan, images: ImageList, teacher: Teacher, out_dir: Path
-) -> Encoding:
-    """The encoding with what it learns from a sample of views; that of the store in `out_dir`, where it has begun: on
-    another machine a fit may differ in its last digits, and with it the store."""
+    sample: Sample = functools.partial(iter_sample, plan, images, teacher, cfg.fit_views)
     begun = find_plan(out_dir)
-    if begun is not None and begun.model_copy(update={"encoding": cfg.encoding}) == plan:
-        return begun.encoding
-    return fit_encoding(plan.encoding, sample_tokens(plan, images, teacher, cfg.fit_views))
+    shared = None if whitening_from is None else _shared_whitening(plan, whitening_from)
+    if begun is not None and _without_fit(begun, plan) == plan:
+        return PlannedStore(begun, _statistics_of_begun(begun, out_dir, shared, sample))
+    fitted = shared or _fit(plan, sample)
+    if fitted is not None:
+        plan = plan.model_copy(update={"whitening": fitted.whitening})
+    statistics = NO_STATISTICS if fitted is None else fitted.statistics
+    if not is_fitted(plan.encoding):
+        whitener = Whitener(plan.whitening, statistics, teacher.device)
+        plan = plan.model_copy(update={"encoding": fit_encoding(plan.encoding, _whitened(sample, whitener))})
+    return PlannedStore(plan, statistics)
+
+
+def _without_fit(begun: StorePlan, plan: StorePlan) -> StorePlan:
+    """The plan of a store that has begun, without what it learnt and `plan` did not yet."""
+    encoding = begun.encoding if is_fitted(plan.encoding) else unfitted(begun.encoding)
+    return begun.model_copy(update={"whitening": begun.whitening.unfitted(), "encoding": encoding})
+
+
+def _fit(plan: StorePlan, sample: Sample) -> Fitted | None:
+    return fit_whitening(plan.whitening, sample()) if isinstance(plan.whitening, MeanStd | Pca) else None
+
+
+def _whitened(sample: Sample, whitener: Whitener) -> NDArray[np.float16]:
+    """(R, T, C)."""
+    return np.concatenate([whitener(tokens_BTC, keys).tokens_BTC.cpu().numpy() for tokens_BTC, keys in sample()])
+
+
+def _shared_whitening(plan: StorePlan, location: Path | str) -> Fitted | None:
+    """The whitening of another store; None where it learns nothing.
+
+    Raises:
+        ConfigError: it is not one that this store can share.
+    """
+    other = open_store(location)
+    if other.plan.whitening.unfitted() != plan.whitening:
+        raise ConfigError(
+            f"{location} is whitened by {other.plan.whitening.unfitted().to_json()}, these settings are "
+            f"{plan.whitening.to_json()}; give WHITENING={other.plan.whitening.kind} (extract.whitening)"
+        )
+    if (other.plan.teacher_fingerprint, other.plan.features) != (plan.teacher_fingerprint, plan.features):
+        raise ConfigError(
+            f"{location} holds tokens of teacher {other.plan.features.teacher!r} (weights "
+            f"{other.plan.teacher_fingerprint}), these settings are {plan.features.teacher!r} "
+            f"({plan.teacher_fingerprint}): its whitening is of no use here; give the same TEACHER and WEIGHTS"
+        )
+    if not isinstance(other.plan.whitening, MeanStd | Pca):
+        return None
+    return Fitted(other.plan.whitening, other.statistics)
+
+
+def _statistics_of_begun(begun: StorePlan, root: Path, shared: Fitted | None, sample: Sample) -> Statistics:
+    """What the whitening of a store in `root` learnt: from its file or, where that is damaged, from wherever the same
+    is to be had."""
+    if shared is not None and shared.whitening == begun.whitening:
+        return shared.statistics
+    try:
+        return load_statistics(LocalFiles(root), begun.whitening, begun.features.channels)
+    except DamagedError as error:
+        again = None if shared else _fit(begun.model_copy(update={"whitening": begun.whitening.unfitted()}), sample)
+        if again is not None and again.whitening == begun.whitening:
+            return again.statistics
+        raise DamagedError(
+            f"{root / STATISTICS_FILE} is damaged or gone, and a fit gives other numbers here than when the store was "
+            f"begun; copy it from another store of the same extraction, or delete {root} and give the command again"
+        ) from error

@@ -68,7 +68,8 @@ class Whitener:
     def _transform(self, raw_BTC: Tensor) -> Tensor:
         if isinstance(self.whitening, MeanStd):
             mean_C, std_C = self._statistics
-            return (raw_BTC - mean_C) / std_C
+            white_BTC: Tensor = (raw_BTC - mean_C) / std_C
+            return white_BTC
         if isinstance(self.whitening, Pca):
             # view by view: the sums of one large product would depend on how many views are in it
             weight_CC = self._statistics[1:].T

@@ -228,6 +228,11 @@ def is_fitted(encoding: Encoding) -> bool:
     return not isinstance(encoding, Int8) or bool(encoding.channel_scale)
 
 
+def unfitted(encoding: Encoding) -> Encoding:
+    """The same without what it learnt from a sample."""
+    return encoding.model_copy(update={"channel_scale": ()}) if isinstance(encoding, Int8) else encoding
+
+
 def round_up_to_fp16(values: NDArray[np.float32]) -> NDArray[np.float16]:
     """The smallest float16 not below each value: an absmax scale that is rounded down would clip."""
     with np.errstate(over="ignore"):

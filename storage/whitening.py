@@ -10,7 +10,7 @@ The middle two are fitted: what they learnt of a sample is in the store's `white
 plan. Applying a whitening is the business of `extract/whiten.py`; undoing it is here. Letters: T tokens, C channels.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,10 @@ class _Whitening(Schema):
     def num_rows(self, channels: int) -> int:
         """Rows of the statistics."""
         return 0
+
+    def unfitted(self) -> Self:
+        """The same without what it learnt."""
+        return self
 
     def restore(self, tokens_BTC: NDArray[np.float32], statistics: Statistics) -> NDArray[np.float32]:
         """Tokens that were multiplied by their own deviation, and their mean added, to the teacher's own."""
@@ -84,6 +88,9 @@ class _Fitted(_Whitening):
     def is_fitted(self) -> bool:
         return bool(self.statistics)
 
+    def unfitted(self) -> Self:
+        return self.model_copy(update={"num_tokens": 0, "statistics": ""})
+
 
 class MeanStd(_Fitted):
     """(token - mean) / std with one mean and std for each channel: `statistics` (2, C)."""
@@ -94,11 +101,12 @@ class MeanStd(_Fitted):
         return 2
 
     def restore(self, tokens_BTC: NDArray[np.float32], statistics: Statistics) -> NDArray[np.float32]:
-        mean_C, std_C = statistics
-        return tokens_BTC * std_C + mean_C
+        restored_BTC: NDArray[np.float32] = tokens_BTC * statistics[1] + statistics[0]
+        return restored_BTC
 
     def restored_error(self, error_BTC: NDArray[np.floating], statistics: Statistics) -> NDArray[np.floating]:
-        return error_BTC * statistics[1]
+        spread_BTC: NDArray[np.floating] = error_BTC * statistics[1]
+        return spread_BTC
 
 
 class Pca(_Fitted):

@@ -91,7 +91,7 @@ def test_what_was_fitted_is_kept_when_extraction_goes_on(
     fingerprint = extract(encoding=Int8()).manifest.fingerprint
     receipt_path(tmp_path / "store", 1).unlink()
     (tmp_path / "store" / "manifest.json").unlink()
-    monkeypatch.setattr("extract.plan.sample_tokens", lambda *args: pytest.fail("fitted again"))
+    monkeypatch.setattr("extract.plan.iter_sample", lambda *args: pytest.fail("fitted again"))
     assert extract(encoding=Int8()).manifest.fingerprint == fingerprint
 
 
