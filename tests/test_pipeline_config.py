@@ -78,7 +78,7 @@ def test_values_that_are_not_text_are_taken_as_they_are() -> None:
         ("distill.student.dept=3", "did you mean distill.student.depth?"),
         ("extract.run.worker=3", "did you mean extract.run.workers?"),
         ("extract.sampler.min_scal=3", "did you mean extract.sampler.min_scale?"),
-        ("qqq=3", "known there: preset, data, extract, distill, finetune, evaluate, report"),
+        ("qqq=3", "known there: preset, data, extract, also, distill, finetune, evaluate, report"),
         ("data.zzzzzz=3", "known there: data.path, data.eval_fraction, data.split_seed"),
         ("distill.epochs.more=3", "distill.epochs is 4 and has no parts"),
         ("data.path.more=3", "data.path is null and has no parts"),
