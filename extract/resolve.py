@@ -1,19 +1,20 @@
 """The teacher that settings ask for: its row, at the input size and the tap that they name."""
 
+import difflib
 import functools
 import importlib
 
 from extract.config import ExtractConfig
 from extract.spec import TeacherSpec
 from extract.teachers import TEACHERS
-from storage.errors import unknown_name
+from storage.errors import ConfigError
 
 OF_A_LIBRARY = {"timm:": "extract.timm_teachers", "open_clip:": "extract.open_clip_teachers"}
 """What the names of a library's own models begin with, and the module that describes them."""
-HOW_TO_NAME_OTHERS = "timm:NAME, open_clip:NAME/TAG or FILE.py for one that has no row"
+HOW_TO_NAME_OTHERS = "timm:NAME, open_clip:NAME/TAG or FILE.py"
 
 
-def find_teacher(name: str) -> TeacherSpec:
+def identify_teacher(name: str) -> TeacherSpec:
     """A teacher by its name in the table, by a library's name of it (`timm:NAME`, `open_clip:NAME/TAG`), or by the
     Python file that makes it (`FILE.py`, `FILE.py:function`). Only the latter two import a deep-learning library.
 
@@ -29,8 +30,9 @@ def find_teacher(name: str) -> TeacherSpec:
     if name.endswith(".py") or ".py:" in name:
         spec: TeacherSpec = importlib.import_module("extract.file_teachers").describe(name)
         return spec
-    error = unknown_name("teacher", name, TEACHERS)
-    raise type(error)(f"{error}; or {HOW_TO_NAME_OTHERS}")
+    near = [f"{row!r}" for row in difflib.get_close_matches(name, TEACHERS, n=3, cutoff=0.5)]
+    hint = f"did you mean {' or '.join(near)}?" if near else "`make teachers` lists those that have a row;"
+    raise ConfigError(f"unknown teacher {name!r}; {hint} Others are named as {HOW_TO_NAME_OTHERS}")
 
 
 @functools.cache
@@ -45,4 +47,4 @@ def resolve_teacher(cfg: ExtractConfig) -> TeacherSpec:
     Raises:
         ConfigError: no such teacher, or no such tap of it.
     """
-    return find_teacher(cfg.teacher).at(input_px=cfg.input_px, tap=cfg.tap, block=cfg.block)
+    return identify_teacher(cfg.teacher).at(input_px=cfg.input_px, tap=cfg.tap, block=cfg.block)
