@@ -5,6 +5,10 @@ spec.py        what is known about a teacher before its weights are loaded
 teachers.py    the table of teachers: data only
 resolve.py     the teacher that settings ask for
 weights.py     where a teacher's weights come from, and their fingerprint
+  checkpoints.py         the upstreams' file formats
+  torchscript.py         OpenAI's TorchScript archives, read as data
+  inert_pickle.py        the structure of such an archive, with nothing that could run
+  hub.py                 files of the hub: from its cache, or downloaded, or one line that says why not
 backends.py    a teacher's row of data to a module that gives tokens, by its library's builder:
   timm_teachers.py       timm's networks
   open_clip_teachers.py  open_clip's image towers
@@ -14,7 +18,8 @@ backends.py    a teacher's row of data to a module that gives tokens, by its lib
 teacher.py     a frozen teacher: pixels to tokens, in a precision
 precision.py   how far its fast path is from float32
 batch_size.py  how many views go through it at a time
-whiten.py      per-token standardisation
+whiten.py      whitening of a batch: layer_norm, mean_std, pca, none
+fit.py         what whitening learns from a sample of views
 plan.py        a store's plan, before anything is extracted
 render.py      images to the views that teachers look at
 worker.py      one shard of one or several stores: read, render, forward, whiten, commit

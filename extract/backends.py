@@ -5,10 +5,11 @@ import importlib
 import torch
 
 from extract.built import Built
+from extract.hub import fetch_weights
 from extract.spec import TeacherSpec
 from extract.teacher import Teacher, choose_device
 from extract.weights import WeightsSource, load_weights_file, locate_weights
-from storage.errors import ConfigError, DecantError, InputError
+from storage.errors import ConfigError, DecantError
 
 BUILDERS = {
     "timm": "extract.timm_teachers",
@@ -16,7 +17,7 @@ BUILDERS = {
     "python": "extract.file_teachers",
     "toy": "extract.toy",
 }
-"""Modules with a `build(spec, from_hub)`; a library is imported only when one of its teachers is asked for."""
+"""Modules with a `build(spec)`; a library is imported only when one of its teachers is asked for."""
 
 
 def load_teacher(
@@ -33,10 +34,11 @@ def load_teacher(
         InputError: weights that cannot be had or do not fit.
     """
     path = locate_weights(spec, weights)
-    from_hub = spec.weights.startswith("hub") and weights is None
+    if path is None and weights is None and spec.weights.startswith("hub"):
+        path = fetch_weights(spec)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # random weights are the same everywhere
-        built = _build(spec, from_hub)
+        built = _build(spec)
     if path is not None:
         load_weights_file(built.module, spec, path, built.fit)
     return Teacher(
@@ -45,20 +47,15 @@ def load_teacher(
     )  # fmt: skip
 
 
-def _build(spec: TeacherSpec, from_hub: bool) -> Built:
-    """Run a library's builder; its many ways to say "no network" become one."""
+def _build(spec: TeacherSpec) -> Built:
+    """Run a library's builder; its many ways to say that something does not fit together become one."""
     try:
-        built: Built = importlib.import_module(BUILDERS[spec.library]).build(spec, from_hub)
+        built: Built = importlib.import_module(BUILDERS[spec.library]).build(spec)
         return built
     except DecantError:
         raise
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        if from_hub:
-            raise InputError(
-                f"the weights of teacher {spec.name!r} ({spec.model}, {spec.weights}) could not be had: {first}; "
-                "with no network, download them elsewhere and give WEIGHTS=<file>"
-            ) from error
         raise ConfigError(
             f"{spec.library} cannot build {spec.model} of teacher {spec.name!r} at {spec.input_px} px: {first}"
         ) from error

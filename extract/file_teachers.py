@@ -54,7 +54,7 @@ def _describe(source: _Source, digest: str) -> TeacherSpec:
     return spec.model_copy(update={"library": "python", "code_digest": digest})
 
 
-def build(spec: TeacherSpec, from_hub: bool) -> Built:
+def build(spec: TeacherSpec) -> Built:
     """The module that the file's function makes; its weights are whatever it has filled in.
 
     Raises:

@@ -20,13 +20,13 @@ _TOWER = "visual."
 """What the image tower's tensors begin with in a file of a whole CLIP."""
 
 
-def build(spec: TeacherSpec, from_hub: bool) -> Built:
+def build(spec: TeacherSpec) -> Built:
     """The image tower of a CLIP with the tap of its row; the text tower is dropped.
 
     Raises:
         ConfigError: no such block, or no such tap of this tower.
     """
-    visual: Any = _published_tower(spec) if from_hub else _empty_tower(spec.model, spec.input_px, spec.options)
+    visual: Any = _empty_tower(spec.model, spec.input_px, spec.options)
     if isinstance(visual, TimmModel):
         return _build_trunk(visual.trunk, spec)
     if not isinstance(visual, VisionTransformer):
@@ -40,13 +40,6 @@ def build(spec: TeacherSpec, from_hub: bool) -> Built:
         return {name.removeprefix(_TOWER): tensor for name, tensor in part.items()}
 
     return Built(visual, _tap(visual, spec), fit)
-
-
-def _published_tower(spec: TeacherSpec) -> nn.Module:
-    tag = spec.weights.partition(":")[2]
-    model: Any = open_clip.create_model(spec.model, pretrained=tag, force_image_size=spec.input_px, **spec.options)
-    visual: nn.Module = model.visual
-    return visual
 
 
 def _empty_tower(model: str, input_px: int | None = None, options: Mapping[str, Any] | None = None) -> nn.Module:

@@ -19,7 +19,7 @@ _MAP_NORMS = (LayerNorm2d, RmsNorm2d, nn.GroupNorm, nn.BatchNorm2d)
 """Norms that want maps (B, C, H, W); all others normalise the last dimension."""
 
 
-def build(spec: TeacherSpec, from_hub: bool) -> Built:
+def build(spec: TeacherSpec) -> Built:
     """A timm network with the tap of its row.
 
     Raises:
@@ -30,7 +30,7 @@ def build(spec: TeacherSpec, from_hub: bool) -> Built:
         options["num_classes"] = 0
     if timm.get_pretrained_cfg(spec.model).fixed_input_size:
         options["img_size"] = spec.input_px
-    module: Any = timm.create_model(spec.model, pretrained=from_hub, **options)
+    module: Any = timm.create_model(spec.model, **options)
     return Built(module, tap(module, spec), fit_of(module, spec.model))
 
 

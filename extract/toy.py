@@ -27,6 +27,6 @@ class ToyTeacher(nn.Module):
         return normed_BTC
 
 
-def build(spec: TeacherSpec, from_hub: bool) -> Built:
+def build(spec: TeacherSpec) -> Built:
     module = ToyTeacher(spec)
     return Built(module, module)

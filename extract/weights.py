@@ -1,7 +1,9 @@
 """Where a teacher's weights come from, and who they are. Weights files are data: nothing in them is ever executed."""
 
+import contextlib
 import importlib.util
-from collections.abc import Callable, Mapping
+import io
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,6 +16,26 @@ if TYPE_CHECKING:
 
 WeightsSource = Path | Literal["random"]
 """What a user may give instead of a row's own source; `random` for what a teacher costs, not for what it knows."""
+
+
+_COUNTER = "num_batches_tracked"
+"""Of batch norms; not used in evaluation, and some exports leave it out."""
+_SHORT_LIST = 8
+_KINDS = {
+    "visual.": "a CLIP",
+    "resblocks.": "CLIP's image tower",
+    "embeddings.patch_embeddings": "the transformers library, which renames every tensor",
+    "storage_tokens": "DINOv3",
+    "register_tokens": "DINOv2 with registers",
+    "decoder_blocks.": "a MAE with its decoder",
+    "layers.0.blocks.0.": "a Swin",
+    "downsample_layers.": "a ConvNeXt",
+    "trunk.blocks.": "AIMv2",
+    "layer1.0.conv1": "a ResNet",
+    "_blocks.0.": "an EfficientNet",
+    "blocks.0.attn.qkv.": "a plain ViT (DINO, DeiT, MAE, DINOv2)",
+}
+"""Parts of names to the networks that have them; the most special first."""
 
 
 def locate_weights(spec: TeacherSpec, override: WeightsSource | None) -> Path | None:
@@ -56,23 +78,24 @@ def weights_identity(spec: TeacherSpec, override: WeightsSource | None) -> str:
 
 
 def tensor_fingerprint(state: "Mapping[str, Tensor]") -> str:
-    """Digest over names, types, shapes and bytes of tensors, whatever file they came from."""
+    """Digest over names, types, shapes and bytes of tensors, whatever file they came from; one tensor at a time."""
     import torch
 
-    parts = []
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        parts += [
-            f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(),
-            tensor.flatten().view(torch.uint8).numpy().tobytes(),
-        ]
-    return digest_parts(parts)
+    def parts() -> "Iterator[bytes | memoryview]":
+        for name in sorted(state):
+            tensor = state[name].detach().cpu().contiguous()
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+            yield tensor.flatten().view(torch.uint8).numpy().data
+
+    return digest_parts(parts())
 
 
 def load_weights_file(
     module: "nn.Module", spec: TeacherSpec, path: Path, fit: "Callable[[dict[str, Tensor]], dict[str, Tensor]]"
 ) -> None:
-    """Fill a module from a `.safetensors` file or a plain tensor dictionary saved by torch.
+    """Fill a module from a weights file in its upstream's own format (`checkpoints.py`).
+
+    Tensors are copied one by one, and become what the module's are: float32 also from a file in half precision.
 
     Args:
         fit: what the teacher's library does to a file of its own before it loads it.
@@ -80,19 +103,57 @@ def load_weights_file(
     Raises:
         InputError: not such a file, or tensors that do not fit; lists what is missing and what is unexpected.
     """
-    state = _read_state(path)
+    import torch
+
+    from extract.checkpoints import read_checkpoint
+
     wanted = module.state_dict()
-    if spec.state_keys == "by_position" and not set(state) & set(wanted):
-        names = [name for name in wanted if not name.endswith("num_batches_tracked")]
-        tensors = [tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")]
-        if len(names) == len(tensors):
-            state = dict(zip(names, tensors, strict=True))
+    in_file = read_checkpoint(path, spec.checkpoint_branch)
+    state = _by_position(in_file, wanted) if spec.state_keys == "by_position" else in_file
+    state = {name: tensor for name, tensor in state.items() if name in wanted or not _is_head(name, spec)}
+    state = {name: _exact(name, tensor) for name, tensor in state.items()}
     try:
-        state = fit(state)
+        with contextlib.redirect_stdout(io.StringIO()):  # some conversions print
+            state = fit(state)
     except Exception as error:  # a library's reshape of a tensor that is quite another
-        raise InputError(f"{path} does not fit teacher {spec.name!r} ({spec.model}): {_first_line(error)}") from error
-    counters = {name for name in wanted if name.endswith("num_batches_tracked")}
-    missing = [name for name in wanted if name not in state and name not in counters]
+        raise InputError(
+            f"{path} does not fit teacher {spec.name!r} ({spec.model}): {_first_line(error)}{_looks_like(in_file)}"
+        ) from error
+    state = {name: tensor for name, tensor in state.items() if name in wanted or not name.startswith(spec.left_out)}
+    _compare(state, wanted, spec, path, in_file)
+    with torch.no_grad():
+        for name, tensor in state.items():
+            wanted[name].copy_(tensor)
+
+
+def _by_position(state: "Mapping[str, Tensor]", wanted: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    """The n-th tensor of the file under the n-th name of the module, where the file has other names altogether."""
+    names = [name for name in wanted if not name.endswith(_COUNTER)]
+    tensors = [tensor for name, tensor in state.items() if not name.endswith(_COUNTER)]
+    if set(state) & set(wanted) or len(names) != len(tensors):
+        return dict(state)
+    return dict(zip(names, tensors, strict=True))
+
+
+def _is_head(name: str, spec: TeacherSpec) -> bool:
+    """Whether a tensor belongs to a head or decoder that is left out; conversions need not understand those.
+
+    Lone tensors (`mask_token`) stay until after the conversion, which knows files by them.
+    """
+    return name.startswith(spec.left_out) and "." in name
+
+
+def _exact(name: str, tensor: "Tensor") -> "Tensor":
+    """In float32 where a conversion may calculate (position embeddings, tokens, convolutions); matrices as they are."""
+    is_half = tensor.is_floating_point() and tensor.element_size() == 2
+    return tensor.float() if is_half and (tensor.ndim != 2 or "pos" in name) else tensor
+
+
+def _compare(
+    state: "Mapping[str, Tensor]", wanted: "Mapping[str, Tensor]", spec: TeacherSpec, path: Path,
+    in_file: "Mapping[str, Tensor]",
+) -> None:  # fmt: skip
+    missing = [name for name in wanted if name not in state and not name.endswith(_COUNTER)]
     unexpected = [name for name in state if name not in wanted]
     misshapen = [
         f"{name} {tuple(state[name].shape)}, expected {tuple(wanted[name].shape)}"
@@ -100,40 +161,24 @@ def load_weights_file(
         if name in state and state[name].shape != wanted[name].shape
     ]
     if missing or unexpected or misshapen:
+        hint = _looks_like(in_file) if not set(state) & set(wanted) else ""
         raise InputError(
-            f"{path} does not fit teacher {spec.name!r} ({spec.model}): "
-            f"missing {_some(missing)}; unexpected {_some(unexpected)}; of another shape {_some(misshapen)}"
+            f"{path} does not fit teacher {spec.name!r} ({spec.model}): missing {_some(missing)}; "
+            f"unexpected {_some(unexpected)}; of another shape {_some(misshapen)}{hint}"
         )
-    module.load_state_dict(state, strict=False)
 
 
 def _some(names: list[str]) -> str:
-    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else "none"
+    shown = names if len(names) <= _SHORT_LIST else [*names[:_SHORT_LIST], "..."]
+    return f"{len(names)} ({', '.join(shown)})" if names else "none"
 
 
-def _read_state(path: Path) -> "dict[str, Tensor]":
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise InputError(f"{path} is not a readable weights file: {_first_line(error)}") from error
-    except Exception as error:  # pickle's own error classes: the file asks for code to be run
-        raise InputError(
-            f"{path} holds more than tensors and is not opened ({_first_line(error)}); convert it to safetensors"
-        ) from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
-    ):
-        raise InputError(f"{path} is not a dictionary of tensors; export the model's state_dict")
-    return state
+def _looks_like(state: "Mapping[str, Tensor]") -> str:
+    """What a file of another network may be, or nothing."""
+    for part, kind in _KINDS.items():
+        if any(part in name for name in state):
+            return f"; its tensors are named like those of {kind}: is it for another teacher?"
+    return ""
 
 
 def _first_line(error: Exception) -> str:
