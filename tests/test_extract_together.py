@@ -4,6 +4,7 @@ import functools
 import itertools
 import os
 import signal
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,9 +24,11 @@ from storage.folder import load_plan
 from storage.image_list import ImageList
 from storage.lock import hold_lock
 from storage.receipts import committed_shards, receipt_path
+from storage.records import ShardEntry
 from storage.stage import Interrupted, SilentProgress
 from storage.verify import iter_damage
 from storage.views import CentreCrop, Renderer
+from storage.writer import ShardWriter
 
 RUN = ExecutionConfig(executor="inline", batch_size=4, device="cpu")
 ALONE = {
@@ -358,3 +361,52 @@ def test_unusable_images_are_holes_in_every_store(
         assert [bad["key"] for bad in metrics["bad_images"]] == ["dark/003.png"]
         run(ALONE[name], {"data": data}, tmp_path / "alone" / name)
     assert read_all(tree_bytes, tmp_path / "together", names) == read_all(tree_bytes, tmp_path / "alone", names)
+
+
+# ---- on Ray ----------------------------------------------------------------------------------------------------------
+
+
+class DyingWorker(Worker):
+    """Is killed once, when the first store has its shard 2 and the second one has not."""
+
+    def __call__(self, index: int) -> tuple[ShardEntry, ...]:
+        died = self.stores[0].root.parent / "died"
+        commit = ShardWriter.commit
+
+        def commit_and_die(writer: ShardWriter) -> ShardEntry:
+            entry = commit(writer)
+            if index == 2 and not died.exists():
+                died.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return entry
+
+        ShardWriter.commit = commit_and_die  # type: ignore[method-assign]
+        try:
+            return super().__call__(index)
+        finally:
+            ShardWriter.commit = commit  # type: ignore[method-assign]
+
+
+@pytest.mark.ray
+def test_ray_workers_that_die_between_two_stores_make_the_same_bytes(
+    alone: tuple[Path, Files], tree_bytes: TreeBytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    data, files = alone
+    names = ["plain", "tars"]
+    on_ray = {"executor": "ray", "workers": 2}
+    stores = [
+        (cfg.model_copy(update={"run": cfg.run.model_copy(update=on_ray)}), root)
+        for cfg, root in targets(tmp_path / "ray", names)
+    ]
+    monkeypatch.setattr("extract.run.Worker", DyingWorker)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    try:
+        outcomes = run_together(stores, {"data": data})
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    committed, died = receipt_path(tmp_path / "ray" / "plain", 2), tmp_path / "ray" / "died"
+    assert committed.stat().st_mtime_ns <= died.stat().st_mtime_ns, "the next attempt makes the other store's alone"
+    assert [isinstance(metrics, dict) for metrics in outcomes] == [True, True]
+    assert read_all(tree_bytes, tmp_path / "ray", names) == {name: files[name] for name in names}
