@@ -17,6 +17,7 @@ DATA ?=
 VIEWS ?=
 LAYOUT ?=
 ENCODING ?=
+WHITENING ?=
 READ_DATA ?=
 STORE ?=
 FROM ?=
@@ -33,7 +34,7 @@ quoted = $(if $($(1)),'$(subst ','\'',$($(1)))')
 option = $(if $($(2)),--$(1) $(call quoted,$(2)))
 OPTIONS = $(strip $(call option,preset,PRESET) $(call option,teacher,TEACHER) $(call option,weights,WEIGHTS) \
 	$(call option,data,DATA) $(call option,views,VIEWS) $(call option,layout,LAYOUT) $(call option,encoding,ENCODING) \
-	$(call option,store,STORE) $(call option,student,STUDENT) $(call option,seeds,SEEDS) \
+	$(call option,whitening,WHITENING) $(call option,store,STORE) $(call option,student,STUDENT) $(call option,seeds,SEEDS) \
 	$(call option,executor,EXECUTOR) $(call option,work,WORK) $(if $(filter-out 0 no false,$(FORCE)),--force) $(foreach pair,$(SET),--set $(call quoted,pair)))
 PIPELINE = @$(BIN)/python -m pipeline
 
@@ -43,6 +44,7 @@ STAGE_COMMANDS := demo run plan extract distill finetune evaluate report
 help: ## this list
 	@echo "usage: make <command> [TEACHER=clip-l] [DATA=<folder>] [VIEWS=4] [STUDENT=vit-b] [SEEDS=3] [PRESET=...]"
 	@echo "                      [WEIGHTS=<file>] [LAYOUT=zarr|wds] [ENCODING=fp16|int8|...] [STORE=<path or URL>]"
+	@echo "                      [WHITENING=layer_norm|mean_std|pca|none]"
 	@echo "                      [EXECUTOR=ray|inline] [WORK=runs] [FORCE=1] [SET=\"name=value ...\"]"
 	@echo
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

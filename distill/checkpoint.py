@@ -124,6 +124,19 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
         raise DamagedError(f"{path} cannot be read ({error}); run the stage that writes it again") from error
 
 
+def load_facts(path: Path) -> dict[str, str]:
+    """The facts in the header of such a file.
+
+    Raises:
+        DamagedError: missing or not safetensors.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, safetensors.SafetensorError) as error:
+        raise DamagedError(f"{path} cannot be read ({error}); run the stage that writes it again") from error
+
+
 def remove_checkpoints(folder: Path) -> None:
     """A finished run needs none."""
     remove_tree(folder)

@@ -85,7 +85,11 @@ def run(
     )  # fmt: skip
     with hold_lock(out_dir), stop_on_signals() as stop:
         log = train(training, progress, stop)
-        facts = {"student": cfg.student.model_dump_json(), "store": reader.manifest.fingerprint}
+        facts = {
+            "student": cfg.student.model_dump_json(),
+            "store": reader.manifest.fingerprint,
+            "whitening": reader.plan.whitening.model_dump_json(),
+        }
         save_weights(out_dir / "student.safetensors", model.student.state_dict(), facts)
         save_weights(out_dir / "projector.safetensors", model.projector.state_dict(), facts)
         finish(training)

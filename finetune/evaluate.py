@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.checkpoint import load_weights
+from distill.checkpoint import load_facts, load_weights
 from distill.loop import choose_device
 from distill.loss import feature_loss
 from distill.student import DistillModel, normalise_images
@@ -31,6 +31,7 @@ from storage.lock import hold_lock
 from storage.reader import open_store
 from storage.stage import Progress, SilentProgress, StopRequest, stop_on_signals
 from storage.store import FeatureReader
+from storage.whitening import LayerNorm
 
 
 def run(
@@ -46,7 +47,7 @@ def run(
 
     Raises:
         ConfigError: no labels, or one class only.
-        InputError: the stores are not those of these images.
+        InputError: the stores are not those of these images, or not whitened as the student learnt.
     """
     progress = progress or SilentProgress()
     torch.set_num_threads(cfg.run.threads or os.cpu_count() or 1)
@@ -58,6 +59,7 @@ def run(
         _check_images(store, images)
     weights = inputs["distill"] / "student.safetensors"
     student = student_shape(weights)
+    _check_whitening(weights, eval_store)
     device = choose_device(cfg.run.device)
     model = DistillModel(student, eval_store.plan.features, drop_path=0.0)
     model.student.load_state_dict(load_weights(weights))
@@ -96,6 +98,17 @@ def _check_images(store: FeatureReader, images: ImageList) -> None:
         raise InputError(
             f"{store.location} holds tokens of other images (fingerprint {store.plan.images_fingerprint}) than "
             f"{images.location} ({images.fingerprint}); run `make evaluate`, which lists the images anew"
+        )
+
+
+def _check_whitening(weights: Path, store: FeatureReader) -> None:
+    """A student predicts tokens that are whitened like those that it learnt from; others say nothing about it."""
+    learnt = load_facts(weights).get("whitening", LayerNorm().model_dump_json())
+    found = store.plan.whitening.model_dump_json()
+    if learnt != found:
+        raise InputError(
+            f"the tokens of {store.location} are whitened by {found}, the student learnt from tokens whitened by "
+            f"{learnt}; run `make evaluate` with the WHITENING and STORE that the student was distilled with"
         )
 
 

@@ -22,8 +22,8 @@ class ViewBatch(NamedTuple):
 
     positions_B: NDArray[np.int64]
     """Of their images, in the store's list."""
+    records_B: NDArray[np.int64]
     tokens_BTC: Tensor  # float32, whitened
-    statistics_BT2: Tensor  # mean and std of each token before whitening
     is_grid_BT1: Tensor  # 1 for tokens of the grid, 0 for CLS and registers
     images_BHWC: Tensor | None  # uint8
 
@@ -63,20 +63,18 @@ def iter_views(
             pixels_BHWC = np.empty((len(records_B), image_px, image_px, 3), np.uint8)
             source.fill(records_B, pixels_BHWC)
             pixels = torch.from_numpy(pixels_BHWC)
-        statistics = torch.from_numpy(np.stack(reader.token_statistics(records_B), axis=-1))
         places_BT = reader.positions(records_B)
         if places_BT is None:
             places_BT = np.broadcast_to(np.arange(plan.features.num_tokens), tokens_BTC.shape[:2])
         is_grid_BT1 = torch.from_numpy(places_BT >= plan.features.num_prefix_tokens).float().unsqueeze(-1)
-        yield ViewBatch(positions_B, torch.from_numpy(tokens_BTC).float(), statistics, is_grid_BT1, pixels)
+        yield ViewBatch(positions_B, records_B, torch.from_numpy(tokens_BTC).float(), is_grid_BT1, pixels)
 
 
 def pool_teacher(reader: FeatureReader, images: ImageList, stop: StopRequest | None = None) -> PooledFeatures:
     """The teacher's own features: whitening undone, mean over the grid tokens that the store keeps."""
     pooled, positions = [], []
     for batch in iter_views(reader, images, stop=stop):
-        mean_BT1, std_BT1 = batch.statistics_BT2[..., :1], batch.statistics_BT2[..., 1:]
-        raw_BTC = batch.tokens_BTC * std_BT1 + mean_BT1
+        raw_BTC = torch.from_numpy(reader.unwhiten(batch.tokens_BTC.numpy(), batch.records_B))
         pooled.append((raw_BTC * batch.is_grid_BT1).sum(1) / batch.is_grid_BT1.sum(1).clamp(min=1))
         positions.append(batch.positions_B)
     return _gather(pooled, positions, images)

@@ -22,12 +22,13 @@ from pipeline.runner import execute
 from pipeline.screen import console, show_plan, show_results, show_status, show_teachers
 from pipeline.stages import STAGES
 from pipeline.store_commands import COMMANDS as STORE_COMMANDS
-from pipeline.store_commands import ENCODING, LAYOUT
+from pipeline.store_commands import ENCODING, LAYOUT, WHITENING
 from pipeline.workspace import Workspace, load_current, open_workspace
 from storage.atomic import write_file, write_json
 from storage.encodings import find_encoding
 from storage.errors import DecantError
 from storage.stage import Interrupted
+from storage.whitening import find_whitening
 
 ALL = tuple(STAGES)
 
@@ -72,6 +73,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--views", type=int, help="Stored views an image."),
             LAYOUT,
             ENCODING,
+            WHITENING,
             click.option("--store", help="Train from this finished store, a path or URL, instead of extracting one."),
             click.option("--student", help="vit-ti, vit-s, vit-b, vit-l or toy."),
             click.option("--seeds", type=int, help="Fine-tune with this many seeds."),
@@ -149,10 +151,8 @@ def teachers() -> None:
 
 def resolve_config(
     workspace: Workspace, *, command: str, preset: str | None, teacher: str | None, weights: str | None,
-    data: str | None,
-    views: int | None, layout: str | None, encoding: str | None, store: str | None, student: str | None,
-    seeds: int | None, executor: str | None,
-    assignments: tuple[str, ...],
+    data: str | None, views: int | None, layout: str | None, encoding: str | None, whitening: str | None,
+    store: str | None, student: str | None, seeds: int | None, executor: str | None, assignments: tuple[str, ...],
 ) -> PipelineConfig:  # fmt: skip
     """Settings of a command: a preset, or the recipe of a newly named teacher, or those of the command before it; then
     the options. Where several teachers are named, the first one counts."""
@@ -179,6 +179,7 @@ def resolve_config(
         ("extract.teacher", first),
         ("extract.views", views),
         ("extract.layout", layout),
+        ("extract.whitening", find_whitening(whitening).to_json() if whitening else None),
         ("extract.encoding", find_encoding(encoding).to_json() if encoding else None),
         ("distill.store", store),
         ("distill.student", find_student(student).to_json() if student else None),

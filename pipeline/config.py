@@ -71,8 +71,11 @@ class PipelineConfig(Schema):
 
     @property
     def extract_eval(self) -> ExtractConfig:
-        """The same teacher on the held-out images: one centred view each, every token exactly as it is."""
-        changes = {"split": "eval", "views": 1, "sampler": self.finetune.eval_sampler}
+        """The same teacher on the held-out images: one centred view each, every token exactly as it is, and whitened as
+        the student's targets are: by what the store that it learns from has learnt."""
+        changes: dict[str, Any] = {"split": "eval", "views": 1, "sampler": self.finetune.eval_sampler}
+        if self.distill.store is not None:
+            changes["whitening_from"] = self.distill.store
         plain = {"layout": "zarr", "encoding": Fp16(), "token_fraction": 1.0, "keep_views": False}
         return self.extract.model_copy(update=changes | plain)
 

@@ -75,6 +75,8 @@ def make_plan(
     variants = {name: config.led_by(name) for name in config.teachers if name != config.extract.teacher}
     for variant in (config, *variants.values()):
         resolve_teacher(variant.extract)
+    if "evaluate" in names:
+        _check_whitening(config)
     index = _list_images(config, workspace, progress)
     data_path = workspace.data_path(index.location, index.fingerprint)
     listing = index.to_file()
@@ -90,6 +92,21 @@ def make_plan(
         if is_named
     }
     return Plan(config, workspace, index, data_path, plans, also)
+
+
+def _check_whitening(config: PipelineConfig) -> None:
+    """Refuse before the first stage a student whose targets are whitened unlike what it is compared with.
+
+    Raises:
+        ConfigError: says both.
+    """
+    store, wanted = config.distill.store, config.extract.whitening
+    found = wanted if store is None else load_manifest(open_files(store)).plan.whitening.unfitted()
+    if found != wanted:
+        raise ConfigError(
+            f"the student is trained from {store}, which is whitened by {found.to_json()}, but would be evaluated on a "
+            f"store that is whitened by {wanted.to_json()}; give WHITENING={found.kind} (extract.whitening)"
+        )
 
 
 def _list_images(config: PipelineConfig, workspace: Workspace, progress: Progress | None) -> ImageIndex:

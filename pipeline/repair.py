@@ -1,5 +1,6 @@
 """Which shards of a store are damaged, and how they are made again."""
 
+import contextlib
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import NamedTuple
 from extract.config import ExtractConfig
 from pipeline.config import PipelineConfig
 from pipeline.workspace import Workspace, load_current, read_result
-from storage.errors import ConfigError, DamagedError
+from storage.errors import ConfigError, DamagedError, DecantError
 from storage.folder import find_plan
 from storage.image_index import load_index
 from storage.lock import hold_lock
+from storage.reader import open_store
 from storage.records import StorePlan
 from storage.stage import Progress
 from storage.verify import STORE, Damage, check_structure, discard_shard, iter_data_damage, sample_shards
@@ -80,10 +82,33 @@ def repair_store(workspace: Workspace, root: Path, health: Health, progress: Pro
     with hold_lock(root):  # an extraction at work there is about to write it
         for index in health.damaged_shards:
             discard_shard(root, index)
-    importlib.import_module("extract.run").run(cfg, {"data": data_path}, root, progress)
+    inputs = {"data": data_path} | _same_whitening(workspace, root, cfg, plan)
+    importlib.import_module("extract.run").run(cfg, inputs, root, progress)
     left = check_structure(root).damage
     if left:
         raise DamagedError(f"after the repair {describe(root, left[0])}; delete {root} and extract it again")
+
+
+def _same_whitening(workspace: Workspace, root: Path, cfg: ExtractConfig, plan: StorePlan | None) -> dict[str, Path]:
+    """A store from which the whitening can be had that this one shares; none where it learns nothing.
+
+    Raises:
+        ConfigError: it is shared, and nothing tells with which store.
+    """
+    if cfg.whitening.is_fitted or cfg.whitening_from:
+        return {}
+    for other in workspace.stores():
+        with contextlib.suppress(DecantError, OSError):
+            reader = open_store(other)
+            if other.resolve() != root.resolve() and plan and reader.plan.whitening == plan.whitening:
+                reader.load_statistics()
+                return {"extract": other}
+    if plan is None and cfg.split == "eval":
+        raise ConfigError(
+            f"{root} is whitened by what another store learnt, and nothing tells any more by which; delete it and run "
+            "`make evaluate`"
+        )
+    return {}
 
 
 def _settings_of(workspace: Workspace, root: Path, plan: StorePlan | None) -> ExtractConfig:

@@ -1,8 +1,11 @@
 """The stage graph, as data."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, NamedTuple
 
+from extract.config import ExtractConfig
 from pipeline.config import PipelineConfig
 from storage.schema import Schema
 
@@ -28,8 +31,22 @@ class Stage(NamedTuple):
     """Readable part of its output folder's name."""
     elsewhere: Callable[[PipelineConfig], str | None] = lambda config: None
     """A store that was made elsewhere, by path or URL, and is used in the place of `needs`."""
+    has_needs: Callable[[PipelineConfig], bool] = lambda config: True
+    """Whether it depends on `needs` at all."""
     outputs: tuple[str, ...] = ()
     """Files whose digests go into the result, so that damage is noticed before they are used. A store has receipts."""
+
+
+def _whitening_from(cfg: ExtractConfig) -> str | None:
+    """The store whose whitening is taken; none where whitening learns nothing."""
+    return None if cfg.whitening.is_fitted else cfg.whitening_from
+
+
+def teacher_label(config: PipelineConfig) -> str:
+    """The teacher's name as it can be part of a folder's: `timm:NAME`, `open_clip:NAME/TAG` and paths are no such."""
+    name = config.extract.teacher
+    file = Path(name).name if ".py" in name else name
+    return re.sub(r"[^\w.+-]+", "-", file).strip("-.")[:80]
 
 
 STAGES: dict[str, Stage] = {
@@ -37,31 +54,33 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage(
             name="extract", command="extract", module="extract.run", version=2, config=lambda c: c.extract,
-            needs=(), data="train", folder="stores", label=lambda c: c.extract.teacher,
+            needs=(), data="train", folder="stores", label=teacher_label,
+            elsewhere=lambda c: _whitening_from(c.extract),
         ),
         Stage(
             name="extract_eval", command="evaluate", module="extract.run", version=2, config=lambda c: c.extract_eval,
-            needs=(), data="eval", folder="stores", label=lambda c: f"{c.extract.teacher}-eval",
+            needs=("extract",), data="eval", folder="stores", label=lambda c: f"{teacher_label(c)}-eval",
+            elsewhere=lambda c: _whitening_from(c.extract_eval), has_needs=lambda c: not c.extract.whitening.is_fitted,
         ),
         Stage(
             name="distill", command="distill", module="distill.run", version=2, config=lambda c: c.distill,
             needs=("extract",), data=None, folder="students",
-            label=lambda c: f"{c.extract.teacher}-w{c.distill.student.width}-d{c.distill.student.depth}",
+            label=lambda c: f"{teacher_label(c)}-w{c.distill.student.width}-d{c.distill.student.depth}",
             outputs=("student.safetensors", "projector.safetensors"), elsewhere=lambda c: c.distill.store,
         ),
         Stage(
             name="finetune", command="finetune", module="finetune.run", version=2, config=lambda c: c.finetune,
-            needs=("distill",), data="all", folder="finetune", label=lambda c: c.extract.teacher,
+            needs=("distill",), data="all", folder="finetune", label=teacher_label,
         ),
         Stage(
             name="evaluate", command="evaluate", module="finetune.evaluate", version=2, config=lambda c: c.evaluate,
             needs=("extract", "extract_eval", "distill"), data="all", folder="evaluate",
-            label=lambda c: c.extract.teacher, outputs=("pictures.npz",),
+            label=teacher_label, outputs=("pictures.npz",),
         ),
         Stage(
             name="report", command="report", module="pipeline.report", version=1, config=lambda c: c.report,
             needs=("extract", "distill", "finetune", "evaluate"), data=None, folder="reports",
-            label=lambda c: c.extract.teacher, outputs=("report.html",),
+            label=teacher_label, outputs=("report.html",),
         ),
     )
 }  # fmt: skip
@@ -70,7 +89,7 @@ STAGES: dict[str, Stage] = {
 
 def needs(stage: Stage, config: PipelineConfig) -> tuple[str, ...]:
     """The stages that a stage depends on under some settings."""
-    return () if stage.elsewhere(config) else stage.needs
+    return stage.needs if stage.has_needs(config) and not stage.elsewhere(config) else ()
 
 
 def upstream(names: tuple[str, ...], config: PipelineConfig) -> list[str]:

@@ -27,6 +27,9 @@ READ_DATA = click.option(
 ENCODING = click.option(
     "--encoding", metavar="NAME", help="fp16, int8 (half the bytes), bit_round or zstd (for archives)."
 )
+WHITENING = click.option(
+    "--whitening", metavar="NAME", help="layer_norm (the paper's), mean_std, pca (both fitted on a sample) or none."
+)
 LAYOUT = click.option(
     "--layout", type=click.Choice(["zarr", "wds"]), help="Zarr arrays, or WebDataset tars with the rendered views."
 )

@@ -50,7 +50,8 @@ def test_variables_become_options(make: Make) -> None:
 def test_every_variable_has_its_option(make: Make) -> None:
     given = {
         "PRESET": "smoke", "TEACHER": "toy", "WEIGHTS": "w.pt", "DATA": "d", "VIEWS": "3", "LAYOUT": "wds",
-        "ENCODING": "int8", "STORE": "s3://b/store", "STUDENT": "toy", "SEEDS": "2", "EXECUTOR": "inline", "WORK": "w",
+        "ENCODING": "int8", "WHITENING": "pca", "STORE": "s3://b/store", "STUDENT": "toy", "SEEDS": "2",
+        "EXECUTOR": "inline", "WORK": "w",
     }  # fmt: skip
     printed = words(make("-n", "run", "FORCE=1", *(f"{name}={value}" for name, value in given.items())))
     expected = [word for name, value in given.items() for word in (f"--{name.lower()}", value)]

@@ -17,9 +17,23 @@ from pipeline.workspace import Workspace
 from storage.atomic import write_json
 from storage.encodings import Int8
 from storage.errors import ConfigError, DamagedError
+from storage.whitening import Pca
 
 NOTHING: dict[str, Any] = dict.fromkeys(
-    ("preset", "teacher", "weights", "data", "views", "layout", "encoding", "store", "student", "seeds", "executor")
+    (
+        "preset",
+        "teacher",
+        "weights",
+        "data",
+        "views",
+        "layout",
+        "encoding",
+        "whitening",
+        "store",
+        "student",
+        "seeds",
+        "executor",
+    )
 ) | {"assignments": ()}
 Resolve = Callable[..., PipelineConfig]
 
@@ -101,13 +115,14 @@ def test_a_preset_brings_everything_but_the_data(resolve: Resolve) -> None:
 def test_every_option_is_a_setting(resolve: Resolve) -> None:
     config = resolve(
         preset="smoke", teacher="mae-b", weights="w.pt", data="2024", views=3, student="vit-s", seeds=4,
-        executor="ray", layout="wds", encoding="int8", store="s3://b/x",
+        executor="ray", layout="wds", encoding="int8", whitening="pca", store="s3://b/x",
         assignments=("distill.epochs=11", "extract.views=6"),
     )  # fmt: skip
     assert (config.extract.teacher, config.extract.weights, config.data.path) == ("mae-b", Path("w.pt"), "2024")
     assert (config.distill.student, config.finetune.seeds) == (STUDENTS["vit-s"], (0, 1, 2, 3))
     assert (config.extract.run.executor, config.distill.epochs) == ("ray", 11)
     assert config.extract.views == 6, "--set comes last"
+    assert (config.extract.whitening, config.extract_eval.whitening) == (Pca(), Pca())
     assert (config.extract.layout, config.extract.encoding, config.distill.store) == ("wds", Int8(), "s3://b/x")
 
 
@@ -118,6 +133,7 @@ def test_every_option_is_a_setting(resolve: Resolve) -> None:
         ({"student": "vit-x"}, "unknown student 'vit-x'; did you mean 'vit-"),
         ({"preset": "demmo"}, "unknown preset 'demmo'; did you mean 'demo'"),
         ({"encoding": "int4"}, "unknown encoding 'int4'; did you mean 'int8'?"),
+        ({"whitening": "meanstd"}, "unknown whitening 'meanstd'; did you mean 'mean_std'?"),
         ({"seeds": 0}, "finetune.seeds: Tuple should have at least 1 item"),
         ({"views": 0}, "extract.views: Input should be greater than or equal to 1, found 0"),
         ({"assignments": ("distill.epochs",)}, "is not of the form name=value"),
