@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 MOST_BYTES = 8 * 2**20
 """Of such a pickle: tens of thousands of tensors. A byte of it can ask for a hundred bytes of memory, not more."""
 
+_MOST_ELEMENTS = 2**40
+
 _CLASS = re.compile(r"__torch__\.?[\w.]* \w+")
 _STORAGE = re.compile(r"torch (\w+)Storage")
 _PLAIN_KEYS = (str, int, float)
@@ -53,7 +55,9 @@ class TensorRef(NamedTuple):
 
 def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> TensorRef:
     for numbers in (size, stride, (offset,)):
-        if not isinstance(numbers, tuple) or not all(type(number) is int and number >= 0 for number in numbers):
+        if not isinstance(numbers, tuple) or not all(
+            type(number) is int and 0 <= number < _MOST_ELEMENTS for number in numbers
+        ):
             raise RefusedError(f"a tensor of size {size!r}, stride {stride!r}, offset {offset!r}"[:200])
     if not isinstance(storage, StorageRef) or len(size) != len(stride):
         raise RefusedError("a tensor without a storage, or with another number of strides than of dimensions")

@@ -128,9 +128,7 @@ class _Archive:
                 f"{count * dtype.itemsize} for {name}"
             )
         if num_elements == 0:
-            if max(ref.size) > count + 1:
-                raise InputError(f"{self.path}: {name} of shape {ref.size} is larger than its record")
-            return torch.empty(ref.size, dtype=dtype)
+            return torch.empty_strided(ref.size, ref.stride, dtype=dtype)
         last = ref.offset + sum((side - 1) * step for side, step in zip(ref.size, ref.stride, strict=True))
         if last >= count or num_elements > count:
             raise InputError(f"{self.path}: {name} of shape {ref.size} is larger than its record of {count} elements")
