@@ -15,6 +15,7 @@ backends.py    a teacher's row of data to a module that gives tokens, by its lib
   file_teachers.py       a network from a Python file of the user's own
   toy.py                 a tiny network for tests
   built.py               what a builder gives: a module, its tap, how files are fitted to it
+  cost.py                parameters and operations of a network, counted without memory
 teacher.py     a frozen teacher: pixels to tokens, in a precision
 precision.py   how far its fast path is from float32
 batch_size.py  how many views go through it at a time

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from extract import timm_teachers
 from extract.built import Built, Forward, State
+from extract.cost import with_cost
 from extract.spec import TeacherSpec
 from storage.errors import ConfigError, unknown_name
 
@@ -116,18 +117,19 @@ def describe(model: str) -> TeacherSpec:
     if isinstance(visual, TimmModel):
         shape = timm_teachers.shape_of(visual.trunk, name)
     elif isinstance(visual, VisionTransformer):
-        width = visual.conv1.out_channels
         shape = {
-            "patch_px": visual.patch_size[0], "channels": width, "num_prefix_tokens": 1,
+            "patch_px": visual.patch_size[0], "channels": visual.conv1.out_channels, "num_prefix_tokens": 1,
             "projected_channels": visual.output_dim, "tap": "final_norm" if visual.attn_pool is None else "block",
-            "million_parameters": round(sum(parameter.numel() for parameter in visual.parameters()) / 1e6, 1),
         }  # fmt: skip
     else:
         raise _not_a_vit(name, visual)
-    return TeacherSpec(
+    spec = TeacherSpec(
         name=f"open_clip:{model}", library="open_clip", model=name, weights=f"hub:{tag}", mean=published["mean"],
         std=published["std"], input_px=visual.image_size[0], **shape,
     )  # fmt: skip
+    if isinstance(visual, TimmModel):
+        return with_cost(spec, visual.trunk, timm_teachers.tap(visual.trunk, spec))
+    return with_cost(spec, visual, _tap(visual, spec))
 
 
 def _not_a_vit(model: str, visual: nn.Module) -> ConfigError:

@@ -12,6 +12,7 @@ from timm.layers import LayerNorm2d, RmsNorm2d
 from torch import Tensor, nn
 
 from extract.built import Built, Forward, State
+from extract.cost import with_cost
 from extract.spec import TeacherSpec
 from storage.errors import ConfigError, unknown_name
 
@@ -149,16 +150,17 @@ def describe(model: str) -> TeacherSpec:
     published = timm.get_pretrained_cfg(model)
     with torch.device("meta"):
         module: Any = timm.create_model(model, num_classes=0)
-    return TeacherSpec(
+    spec = TeacherSpec(
         name=f"timm:{model}", library="timm", model=f"{architecture}.{published.tag}" if published.tag else model,
         weights="hub" if published.has_weights else "file", left_out=_heads(published.classifier),
         input_px=published.input_size[-1], mean=published.mean, std=published.std,
         licence=published.license or "unknown", **shape_of(module, model),
     )  # fmt: skip
+    return with_cost(spec, module, tap(module, spec))
 
 
 def shape_of(module: Any, model: str) -> dict[str, Any]:
-    """The fields of a row that a network itself tells; it may be one without memory.
+    """The fields of a row that a network itself tells.
 
     Raises:
         ConfigError: it cannot be tapped.
@@ -174,7 +176,6 @@ def shape_of(module: Any, model: str) -> dict[str, Any]:
         "num_prefix_tokens": getattr(module, "num_prefix_tokens", 0) if _is_sequence(module) else 0,
         "stage_channels": tuple(stage["num_chs"] for stage in stages) if is_hierarchical else (),
         "tap": "block" if final_norm(module) is None else "final_norm",
-        "million_parameters": round(sum(parameter.numel() for parameter in module.parameters()) / 1e6, 1),
     }
 
 
