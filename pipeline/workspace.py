@@ -10,6 +10,7 @@ runs/cache/                  digests of images; may be deleted
 
 import contextlib
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -38,7 +39,9 @@ class Workspace(NamedTuple):
     root: Path
 
     def stage_dir(self, stage: Stage, label: str, fingerprint: str) -> Path:
-        return self.root / stage.folder / f"{label}-{short(fingerprint)}"
+        """A result's folder. Teachers that are named by a path or a library have slashes and colons in their names."""
+        readable = re.sub(r"[^\w.+-]+", "-", label).strip("-.")
+        return self.root / stage.folder / f"{readable}-{short(fingerprint)}"
 
     def data_path(self, location: str, fingerprint: str) -> Path:
         return self.root / "data" / f"{Path(location).name or 'data'}-{short(fingerprint)}.bin"

@@ -303,3 +303,16 @@ def test_names_that_cannot_be_meant_are_refused(
     with pytest.raises(ConfigError) as caught:
         resolve(command, **options)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("timm:vit_base_patch16_224.dino", "timm-vit_base_patch16_224.dino"),
+        ("open_clip:ViT-B-16/openai", "open_clip-ViT-B-16-openai"),
+        ("../my teachers/mine.py:large", "my-teachers-mine.py-large"),
+    ],
+)
+def test_any_name_makes_a_folder_beside_the_others(name: str, folder: str, tmp_path: Path) -> None:
+    path = Workspace(tmp_path).stage_dir(STAGES["extract"], name, "0123456789abcdef")
+    assert path == tmp_path / "stores" / f"{folder}-0123456789"
