@@ -74,7 +74,7 @@ verify: setup ## compare the stores with what was committed: READ_DATA=100%, 5%,
 repair: setup ## make again what is damaged of the stores, and nothing else
 convert: setup ## a store to another layout or encoding: FROM=<store> TO=<folder> LAYOUT=wds ENCODING=int8
 upload: setup ## a finished store to an object store: FROM=<store> TO=s3://bucket/store
-teachers: setup ## the teachers that have a name
+teachers: setup ## the teachers by name: what they see and give, what they cost, their licence
 
 $(STAGE_COMMANDS):
 	$(PIPELINE) $@ $(OPTIONS)

@@ -10,6 +10,7 @@ named_teachers.py  the teachers that a command names
 provenance.py  who made a result: command, code version, machine
 progress.py    progress on a terminal or in a log file
 demo_data.py   the demo's photographs as a folder of class folders
+teacher_table.py   the table of teachers as text
 tables.py      results to a table on the screen
 pictures.py    curves and token pictures for the report
 report.py      the report stage: one self-contained HTML page

@@ -11,6 +11,7 @@ from extract.teachers import TEACHERS
 from pipeline.planning import Plan, StagePlan
 from pipeline.stages import STAGES
 from pipeline.tables import Row, findings, result_rows
+from pipeline.teacher_table import teacher_lines
 from pipeline.workspace import Workspace, read_result, read_state
 from storage.atomic import nearest_existing
 from storage.fingerprint import short
@@ -121,14 +122,6 @@ def show_status(workspace: Workspace) -> None:
 
 
 def show_teachers() -> None:
-    """The teachers that have a name."""
-    table = Table(box=None, pad_edge=False)
-    for title in ("teacher", "px", "grid", "channels", "kB a view", "licence", "library, model"):
-        table.add_column(title, no_wrap=title != "library, model", overflow="fold")
-    for spec in TEACHERS.values():
-        features = spec.feature_spec()
-        table.add_row(
-            spec.name, str(spec.input_px), "x".join(map(str, features.grid_hw)), str(spec.channels),
-            f"{features.record_bytes / 1000:.0f}", spec.licence, f"{spec.library}, {spec.model}",
-        )  # fmt: skip
-    console.print(table)
+    """The teachers that have a row, and how others are named."""
+    for line in teacher_lines(TEACHERS.values(), console.width if console.is_terminal else None):
+        console.print(line, soft_wrap=True)
