@@ -11,7 +11,8 @@ import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from extract.built import Built
 from extract.spec import TeacherSpec
@@ -68,7 +69,23 @@ def build(spec: TeacherSpec) -> Built:
             "give the command again"
         )
     module = _make(source)[0]
-    return Built(module, module)
+
+    def forward(images_BCHW: Tensor) -> Tensor:
+        try:
+            tokens_BTC = module(images_BCHW)
+        except torch.OutOfMemoryError:
+            raise  # is answered with a smaller batch
+        except Exception as error:
+            shape = tuple(images_BCHW.shape)
+            raise ConfigError(
+                f"the module of {spec.model} failed on images {shape}: {_where_it_failed(error, source.path)}"
+            ) from error
+        if not isinstance(tokens_BTC, Tensor) or tokens_BTC.ndim != 3:
+            found = tuple(tokens_BTC.shape) if isinstance(tokens_BTC, Tensor) else type(tokens_BTC).__name__
+            raise ConfigError(f"the module of {spec.model} gave {found}, expected tokens (B, T, C)")
+        return tokens_BTC
+
+    return Built(module, forward)
 
 
 def _make(source: _Source) -> tuple[nn.Module, TeacherSpec]:
@@ -89,6 +106,11 @@ def _make(source: _Source) -> tuple[nn.Module, TeacherSpec]:
     if not isinstance(module, nn.Module) or not isinstance(spec, TeacherSpec):
         found = f"({type(module).__name__}, {type(spec).__name__})"
         raise ConfigError(f"{where} returned {found}, expected (torch.nn.Module, extract.spec.TeacherSpec)")
+    if spec.weights.startswith("hub"):
+        raise ConfigError(
+            f"{where} says weights={spec.weights!r}, but only a library's own models are downloaded; fill the module in "
+            "there and leave TeacherSpec.weights out"
+        )
     return module, spec
 
 

@@ -69,12 +69,14 @@ def locate_weights(spec: TeacherSpec, override: WeightsSource | None) -> Path | 
 
 
 def weights_identity(spec: TeacherSpec, override: WeightsSource | None) -> str:
-    """A cheap name of the weights for skip decisions: the file's digest, or the hub's name for them.
+    """A cheap name of the weights for skip decisions: the file's digest, or the hub's name for them; with the digest of
+    the user's code that makes the network, if such code does.
 
     The store itself is bound to `tensor_fingerprint`, which is checked whenever a teacher is loaded.
     """
     path = locate_weights(spec, override)
-    return f"{spec.model}:{override or spec.weights}" if path is None else digest_file(path)
+    weights = f"{spec.model}:{override or spec.weights}" if path is None else digest_file(path)
+    return f"{spec.code_digest}:{weights}" if spec.code_digest else weights
 
 
 def tensor_fingerprint(state: "Mapping[str, Tensor]") -> str:
