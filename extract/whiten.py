@@ -107,8 +107,3 @@ def refuse_rows(is_bad: Tensor, keys: Sequence[str], what: str) -> None:
     raise DecantError(
         f"the teacher gave {what} for {len(bad)} of {len(set(keys))} images of a batch ({', '.join(bad[:5])}); {remedy}"
     )
-
-
-def whiten(tokens_BTC: Tensor, keys: Sequence[str]) -> Whitened:
-    """The paper's whitening of a batch."""
-    return Whitener(LayerNorm())(tokens_BTC, keys)

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from pipeline.config import PipelineConfig, apply_overrides, parse_assignment
-from pipeline.presets import load_preset
 from pipeline.planning import Plan, make_plan
+from pipeline.presets import load_preset
 from pipeline.stages import STAGES, upstream
 from pipeline.workspace import Workspace
 from storage.errors import ConfigError, InputError

@@ -19,6 +19,7 @@ from storage.encodings import (
     is_fitted,
 )
 from storage.errors import InputError
+from storage.whitening import LayerNorm
 
 
 def test_fitting_takes_the_spread_of_each_channel() -> None:
@@ -53,7 +54,7 @@ def real_tokens() -> NDArray[np.float16]:
 
     from extract.backends import load_teacher
     from extract.teachers import find_teacher
-    from extract.whiten import whiten
+    from extract.whiten import Whitener
     from storage.views import RandomResizedCrop, Renderer
 
     teacher = load_teacher(find_teacher("efficientnet-lite0"), device="cpu")
@@ -64,7 +65,7 @@ def real_tokens() -> NDArray[np.float16]:
         pixels.append(renderer.render_view(image, sampler.view(path.name, 0, image.shape[:2]), 224))
     with torch.inference_mode():
         tokens_RTC = teacher(torch.from_numpy(np.stack(pixels)))
-    return np.asarray(whiten(tokens_RTC, [path.name for path in PHOTOGRAPHS]).tokens_BTC)
+    return np.asarray(Whitener(LayerNorm())(tokens_RTC, [path.name for path in PHOTOGRAPHS]).tokens_BTC)
 
 
 def test_int8_is_good_enough_on_real_features(real_tokens: NDArray[np.float16]) -> None:

@@ -136,10 +136,12 @@ def real_tokens(photographs: list[Path]) -> NDArray[np.float16]:
 
     from extract.backends import load_teacher
     from extract.teachers import find_teacher
-    from extract.whiten import whiten
+    from extract.whiten import Whitener
+    from storage.whitening import LayerNorm
 
     teacher = load_teacher(find_teacher("efficientnet-lite0"), device="cpu")
-    tokens = [whiten(teacher(torch.from_numpy(views_of([path]))), [path.name])[0].numpy() for path in photographs]
+    whitener = Whitener(LayerNorm())
+    tokens = [whitener(teacher(torch.from_numpy(views_of([path]))), [path.name])[0].numpy() for path in photographs]
     return np.concatenate(tokens)
 
 
