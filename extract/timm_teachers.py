@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from extract.built import Built, Forward, State
 from extract.cost import with_cost
 from extract.spec import TeacherSpec
-from storage.errors import ConfigError, unknown_name
+from storage.errors import ConfigError, InputError, unknown_name
 
 _MAP_NORMS = (LayerNorm2d, RmsNorm2d, nn.GroupNorm, nn.BatchNorm2d)
 """Norms that want maps (B, C, H, W); all others normalise the last dimension."""
@@ -110,6 +110,7 @@ def fit_of(module: nn.Module, model: str) -> Callable[[State], State]:
     arguments = _conversion_arguments(model, getattr(source, "_RADIO_ALIGN_CORNERS", ()))
 
     def fit(state: State) -> State:
+        _refuse_lost_biases(state, module, model)
         fitted, wanted = convert(state, module, **arguments), module.state_dict()
         return {
             name: tensor
@@ -118,6 +119,24 @@ def fit_of(module: nn.Module, model: str) -> Callable[[State], State]:
         }
 
     return fit
+
+
+def _refuse_lost_biases(state: State, module: nn.Module, model: str) -> None:
+    """timm drops DINOv3's biases of queries and values where its network has none, because those of the published ones
+    are zero.
+
+    Raises:
+        InputError: they are not.
+    """
+    has_bias = any(name.endswith(("qkv.bias", "q_bias", "q_proj.bias")) for name, _ in module.named_parameters())
+    for name, bias in state.items():
+        if name.endswith(".qkv.bias") and not has_bias:
+            queries, _, values = bias.chunk(3)
+            if queries.any() or values.any():
+                architecture = model.partition(".")[0]
+                raise InputError(
+                    f"{name} is not zero, but {model} has no such bias; use timm:{architecture}_qkvb if timm has it"
+                )
 
 
 def _conversion_arguments(model: str, align_corners: Iterable[str]) -> dict[str, Any]:

@@ -117,6 +117,8 @@ def load_weights_file(
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # some conversions print
             state = fit(state)
+    except InputError as error:
+        raise InputError(f"{path} does not fit teacher {spec.name!r}: {error}") from error
     except Exception as error:  # a library's reshape of a tensor that is quite another
         raise InputError(
             f"{path} does not fit teacher {spec.name!r} ({spec.model}): {_first_line(error)}{_looks_like(in_file)}"
