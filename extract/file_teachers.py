@@ -80,9 +80,14 @@ def build(spec: TeacherSpec) -> Built:
             raise ConfigError(
                 f"the module of {spec.model} failed on images {shape}: {_where_it_failed(error, source.path)}"
             ) from error
-        if not isinstance(tokens_BTC, Tensor) or tokens_BTC.ndim != 3:
-            found = tuple(tokens_BTC.shape) if isinstance(tokens_BTC, Tensor) else type(tokens_BTC).__name__
-            raise ConfigError(f"the module of {spec.model} gave {found}, expected tokens (B, T, C)")
+        found = tuple(tokens_BTC.shape) if isinstance(tokens_BTC, Tensor) else type(tokens_BTC).__name__
+        expected = (len(images_BCHW), *spec.feature_spec().shape_TC)
+        if found != expected:
+            raise ConfigError(
+                f"the module of {spec.model} gave {found} for {len(images_BCHW)} images, expected tokens {expected}: "
+                f"its TeacherSpec says {spec.num_prefix_tokens} prefix tokens, a grid of {spec.input_px} / "
+                f"{spec.patch_px} px and {spec.channels} channels"
+            )
         return tokens_BTC
 
     return Built(module, forward)
@@ -108,8 +113,8 @@ def _make(source: _Source) -> tuple[nn.Module, TeacherSpec]:
         raise ConfigError(f"{where} returned {found}, expected (torch.nn.Module, extract.spec.TeacherSpec)")
     if spec.weights.startswith("hub"):
         raise ConfigError(
-            f"{where} says weights={spec.weights!r}, but only a library's own models are downloaded; fill the module in "
-            "there and leave TeacherSpec.weights out"
+            f"{where} says weights={spec.weights!r}, but only a library's own models are downloaded; fill the module "
+            "in there and leave TeacherSpec.weights out"
         )
     return module, spec
 
