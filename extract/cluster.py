@@ -5,11 +5,14 @@ every retry decision; Ray itself never restarts or repeats anything.
 """
 
 import contextlib
+import functools
 import os
 import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -21,9 +24,10 @@ Job = int
 Result = TypeVar("Result")
 """What a worker says of a job that it has done; travels between processes, so it is small."""
 Worker = Callable[[Job], Result]
+"""One that has an attribute `jobs_at_a_time` above 1 is called from so many threads."""
 
-_JOBS_IN_FLIGHT = 2
-"""Per actor: one at work, one waiting, so that an actor never idles while the driver thinks."""
+_JOBS_ON_A_GPU = 3
+"""At work in one actor at a time. In any case one more waits there, so that no actor idles while the driver thinks."""
 _OBJECT_STORE_BYTES = 100 * 2**20
 """We need almost none, and a large one fails in containers with a small /dev/shm."""
 
@@ -83,17 +87,24 @@ def _run_inline(
     if not queue:
         return
     worker, attempts = make_worker(), _Attempts(queue, cfg.max_attempts)
-    while queue:
-        stop.check()
-        job = queue.popleft()
-        try:
-            yield worker(job)
-        except (DecantError, Interrupted):
-            raise
-        except Exception as error:
-            failed = attempts.retry(job, error)
-            if failed is not None:
-                yield failed
+    at_a_time = getattr(worker, "jobs_at_a_time", 1)
+    under_way: deque[tuple[Job, Callable[[], Result]]] = deque()
+    with contextlib.ExitStack() as ending:
+        pool = ending.enter_context(ThreadPoolExecutor(at_a_time)) if at_a_time > 1 else None
+        while queue or under_way:
+            stop.check()
+            while queue and len(under_way) < at_a_time:
+                job = queue.popleft()
+                under_way.append((job, pool.submit(worker, job).result if pool else functools.partial(worker, job)))
+            job, finish = under_way.popleft()
+            try:
+                yield finish()
+            except (DecantError, Interrupted):
+                raise
+            except Exception as error:
+                failed = attempts.retry(job, error)
+                if failed is not None:
+                    yield failed
 
 
 class _Actors(Generic[Result]):
@@ -112,11 +123,16 @@ class _Actors(Generic[Result]):
                 f"{size} workers need {size * each} {unit}s, Ray has {found}; lower extract.run.workers (or .threads)"
             )
         self.size = min(size, num_jobs)
-        options: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": cfg.threads}
+        self.at_a_time = _JOBS_ON_A_GPU if gpus else 1
+        options: dict[str, Any] = {"num_cpus": cfg.threads}
+        if gpus:
+            options = {"num_gpus": 1, "num_cpus": 0, "max_concurrency": self.at_a_time}
         self._class = ray.remote(max_restarts=0, max_task_retries=0, **options)(_Actor)
         self._make_worker = make_worker
         self.running: dict[Any, tuple[Any, Job | None]] = {}
         """Calls under way, each actor's in order; no job for the one that makes its worker."""
+        self.suspects: set[Job] = set()
+        """Were at work side by side when their actor died: each is tried again alone, so that no other is blamed."""
         self.handles = [self._start() for _ in range(self.size)]
 
     def _start(self) -> Any:
@@ -129,22 +145,26 @@ class _Actors(Generic[Result]):
         return any(job is not None for _, job in self.running.values())
 
     def feed(self, queue: deque[Job]) -> None:
-        """Hand out jobs to the actors that are up: one to each, and a second one to wait only when all are up."""
+        """Hand out jobs to the actors that are up: one to each, and more only when all are up."""
         all_up = all(job is not None for _, job in self.running.values())
-        for depth in range(1, (_JOBS_IN_FLIGHT if all_up else 1) + 1):
+        for depth in range(1, (self.at_a_time + 1 if all_up else 1) + 1):
             for handle in self.handles:
                 held = [job for actor, job in self.running.values() if actor is handle]
-                if queue and len(held) < depth:
+                must_wait = bool(held) and not self.suspects.isdisjoint([*held, *islice(queue, 1)])
+                if queue and len(held) < depth and not must_wait:
                     job = queue.popleft()
                     self.running[handle.run.remote(job)] = (handle, job)
 
-    def replace(self, dead: Any) -> list[Job | None]:
-        """Start a new actor for a dead one; returns what it held, the call at work first."""
-        held = [(ref, job) for ref, (actor, job) in self.running.items() if actor is dead]
+    def replace(self, dead: Any) -> tuple[list[Job], list[Job]]:
+        """Start a new actor for a dead one; returns the jobs that it was at, and those that waited."""
+        held = [job for actor, job in self.running.values() if actor is dead and job is not None]
         self.running = {ref: call for ref, call in self.running.items() if call[0] is not dead}
         self._ray.kill(dead)  # one that only cannot be reached would keep its CPU or GPU
         self.handles = [self._start() if handle is dead else handle for handle in self.handles]
-        return [job for _, job in held]
+        at_work, waiting = held[: self.at_a_time], held[self.at_a_time :]
+        if len(at_work) > 1:
+            self.suspects.update(at_work)
+        return at_work, waiting
 
     def kill(self) -> None:
         for handle in self.handles:
@@ -198,14 +218,18 @@ def _run_on_ray(
                             deaths_in_a_row += 1
                             if deaths_in_a_row > max_deaths:
                                 raise DecantError(f"no worker survives; the last one: {_reason(cause)}") from error
-                            at_work, *waiting = actors.replace(handle)
-                            queue.extendleft(job for job in reversed(waiting) if job is not None)
-                            if at_work is not None:
-                                found = find_committed(at_work)
-                                outcome = attempts.retry(at_work, cause) if found is None else found
+                            at_work, waiting = actors.replace(handle)
+                            queue.extendleft(reversed(waiting))
+                            if len(at_work) > 1:
+                                queue.extendleft(reversed(at_work))
+                            elif at_work:
+                                found = find_committed(at_work[0])
+                                outcome = attempts.retry(at_work[0], cause) if found is None else found
                     else:
                         del actors.running[ref]
-                        deaths_in_a_row = deaths_in_a_row if job is None else 0
+                        if job is not None:
+                            deaths_in_a_row = 0
+                            actors.suspects.discard(job)
                     if outcome is not None:
                         yield outcome
         finally:

@@ -3,9 +3,10 @@ Ray."""
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +18,8 @@ from extract.config import ExtractConfig
 from extract.render import Look, RenderedView, UnusableImage, ViewRenderer
 from extract.resolve import resolve_teacher
 from extract.teacher import Teacher
-from extract.whiten import Whitener
-from storage.errors import ConfigError, DecantError
+from extract.whiten import Whitened, Whitener
+from storage.errors import BadImageError, ConfigError, DecantError
 from storage.folder import load_plan
 from storage.image_index import ImageList, load_index
 from storage.receipts import read_receipt
@@ -28,6 +29,8 @@ from storage.writer import ShardWriter
 _BATCHES_AHEAD = 2
 """Rendered before they are asked for."""
 _MOST_RENDER_THREADS = 16
+_SHARDS_AT_A_TIME = {"cpu": 1, "cuda": 3}
+"""A GPU is not to wait while a shard is rendered or committed: another one has its turn then."""
 
 
 class Target(NamedTuple):
@@ -45,6 +48,8 @@ class OpenStore(NamedTuple):
     teacher: Teacher
     whitener: Whitener
     batch_size: int
+    turn: threading.Lock
+    """Held during a forward pass, where several shards are under way."""
 
     @property
     def look(self) -> Look:
@@ -133,10 +138,11 @@ class _ShardPart:
         return self.writer.commit()
 
     def _append(self, batch: list[RenderedView]) -> None:
-        plan, teacher, look = self.store.plan, self.store.teacher, self.store.look
-        raw_BTC = teacher(_stack(batch, look))
-        white = self.store.whitener(raw_BTC, [view.key for view in batch])
-        tokens_BTC, mean_BT, std_BT = (part.cpu().numpy() for part in white)
+        plan, look, pixels_BHWC = self.store.plan, self.store.look, _stack(batch, self.store.look)
+        with self.store.turn:
+            white = self.store.whitener(self.store.teacher(pixels_BHWC), [view.key for view in batch])
+            ready = torch.cuda.current_stream().record_event() if white.tokens_BTC.is_cuda else None
+        tokens_BTC, mean_BT, std_BT = _to_host(white, ready)
         for number, view in enumerate(batch):
             kept = _kept_tokens(plan, view)
             self.writer.append(
@@ -152,6 +158,16 @@ def _stack(batch: list[RenderedView], look: Look) -> torch.Tensor:
     return torch.from_numpy(np.stack([view.pictures[look].pixels_HWC for view in batch]))
 
 
+def _to_host(white: Whitened, ready: torch.cuda.Event | None) -> list[NDArray[Any]]:
+    """Copies in the host's memory; from a GPU in a stream of their own, beside the next forward pass."""
+    if ready is None:
+        return [part.numpy() for part in white]
+    stream = torch.cuda.Stream()
+    stream.wait_event(ready)
+    with torch.cuda.stream(stream):
+        return [part.cpu().numpy() for part in white]
+
+
 def _kept_tokens(plan: StorePlan, view: RenderedView) -> NDArray[np.int64] | slice:
     if plan.token_subset is None:
         return slice(None)
@@ -159,7 +175,8 @@ def _kept_tokens(plan: StorePlan, view: RenderedView) -> NDArray[np.int64] | sli
 
 
 class Worker:
-    """Loaded teachers and open stores; `worker(index)` extracts shard `index` of those that do not have it."""
+    """Loaded teachers and open stores; `worker(index)` extracts shard `index` of those that do not have it. Several
+    threads may call it at a time."""
 
     def __init__(self, targets: Sequence[Target], data: Path) -> None:
         """`targets` agree in their images and views, and the first one's `run` says how to work."""
@@ -168,15 +185,20 @@ class Worker:
         self.images = load_index(data).split(cfg.split)
         opened = [(target, load_plan(target.root)) for target in targets]
         loaded = [(target, plan, _load(target.cfg, plan)) for target, plan in opened]
+        turn = threading.Lock()
         self.stores = [  # batch sizes are chosen when all teachers have their memory
             OpenStore(
                 target.root, plan, teacher, Whitener.of_store(target.root, plan, teacher.device),
-                choose_batch_size(teacher, target.cfg.run.batch_size),
+                choose_batch_size(teacher, target.cfg.run.batch_size), turn,
             )
             for target, plan, teacher in loaded
-        ]
-        on_gpu = any(store.teacher.device.type == "cuda" for store in self.stores)
-        self.render_threads = min(_MOST_RENDER_THREADS, len(os.sched_getaffinity(0))) if on_gpu else 1
+        ]  # fmt: skip
+        device = self.stores[0].teacher.device.type
+        self.jobs_at_a_time = _SHARDS_AT_A_TIME[device]
+        self.render_threads = 1 if device == "cpu" else min(_MOST_RENDER_THREADS, len(os.sched_getaffinity(0)))
+        if self.render_threads > 1:  # what is known of tars is read once, not by each thread
+            with contextlib.suppress(BadImageError):
+                self.images.read_image(0)
 
     def __call__(self, index: int) -> tuple[ShardEntry, ...]:
         return extract_shard(index, stores=self.stores, images=self.images, render_threads=self.render_threads)

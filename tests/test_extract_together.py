@@ -5,6 +5,8 @@ import itertools
 import os
 import signal
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 import extract.render
+import extract.worker
 from extract.config import ExecutionConfig, ExtractConfig
 from extract.run import run, run_together
 from extract.teacher import Teacher
@@ -127,6 +130,36 @@ def test_an_image_is_decoded_once_and_rendered_once_a_size(
     assert (rendered, encoded) == (Counter({32: 32}), Counter({95: 32, 60: 32}))
 
 
+def test_shards_side_by_side_make_the_same_bytes(
+    alone: tuple[Path, Files], monkeypatch: pytest.MonkeyPatch, tree_bytes: TreeBytes, tmp_path: Path
+) -> None:
+    """As on a GPU: one shard's forward pass while others are rendered and committed."""
+    data, files = alone
+    monkeypatch.setitem(extract.worker._SHARDS_AT_A_TIME, "cpu", 3)
+    at_work: list[int] = []
+    most = 0
+    commit, speak = ShardWriter.commit, Teacher.__call__
+
+    def note_forward(self: Teacher, pixels: torch.Tensor) -> torch.Tensor:
+        at_work.append(1)
+        assert len(at_work) == 1, "one forward pass at a time"
+        time.sleep(0.002)
+        tokens = speak(self, pixels)
+        at_work.pop()
+        return tokens
+
+    def note_commit(self: ShardWriter) -> ShardEntry:
+        nonlocal most
+        most = max(most, len(threading.enumerate()))
+        return commit(self)
+
+    monkeypatch.setattr(Teacher, "__call__", note_forward)
+    monkeypatch.setattr(ShardWriter, "commit", note_commit)
+    run_together(targets(tmp_path / "together"), {"data": data})
+    assert read_all(tree_bytes, tmp_path / "together") == files
+    assert most >= 4
+
+
 def test_what_is_rendered_ahead_is_bounded(
     make_index: MakeIndex, decoded: Counter[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -203,8 +236,8 @@ def test_only_what_a_store_lacks_is_made(
     decoded.clear()
     run_together(targets(together, ["plain", "tars"]), {"data": data})
     assert decoded == Counter(range(6, 9)), "the images of shard 2"
-    for path, time in before.items():
-        assert path.name in ("manifest.json", "LOCK") or path.stat().st_mtime_ns == time
+    for path, stamp in before.items():
+        assert path.name in ("manifest.json", "LOCK") or path.stat().st_mtime_ns == stamp
     metrics = run_together(targets(together), {"data": data})[0]
     assert isinstance(metrics, dict)
     assert metrics["extracted_views_per_second"] is None
