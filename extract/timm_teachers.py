@@ -130,7 +130,7 @@ def _refuse_lost_biases(state: State, module: nn.Module, model: str) -> None:
     """
     has_bias = any(name.endswith(("qkv.bias", "q_bias", "q_proj.bias")) for name, _ in module.named_parameters())
     for name, bias in state.items():
-        if name.endswith(".qkv.bias") and not has_bias:
+        if name.endswith(".qkv.bias") and not has_bias and "storage_tokens" in state:
             queries, _, values = bias.chunk(3)
             if queries.any() or values.any():
                 architecture = model.partition(".")[0]

@@ -165,7 +165,7 @@ def _compare(
         if name in state and state[name].shape != wanted[name].shape
     ]
     if missing or unexpected or misshapen:
-        hint = _looks_like(in_file) if not set(state) & set(wanted) else ""
+        hint = _looks_like(in_file) if len(missing) > len(wanted) / 2 else ""
         raise InputError(
             f"{path} does not fit teacher {spec.name!r} ({spec.model}): missing {_some(missing)}; "
             f"unexpected {_some(unexpected)}; of another shape {_some(misshapen)}{hint}"
