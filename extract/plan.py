@@ -1,5 +1,6 @@
 """A store's plan: who the teacher is, and what whitening and the encoding learn from a sample of views."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,7 +16,7 @@ from extract.resolve import resolve_teacher
 from extract.teacher import choose_precision
 from extract.whiten import Whitener
 from storage.encodings import fit_encoding, is_fitted, unfitted
-from storage.errors import ConfigError, DamagedError
+from storage.errors import ConfigError, DamagedError, InputError
 from storage.files import LocalFiles
 from storage.folder import find_plan
 from storage.image_index import ImageList
@@ -138,7 +139,9 @@ def _statistics_of_begun(begun: StorePlan, root: Path, shared: Fitted | None, sa
     try:
         return load_statistics(LocalFiles(root), begun.whitening, begun.features.channels)
     except DamagedError as error:
-        again = None if shared else _fit(begun.model_copy(update={"whitening": begun.whitening.unfitted()}), sample)
+        again = None
+        with contextlib.suppress(InputError):  # too few tokens where the whitening is another store's
+            again = _fit(begun.model_copy(update={"whitening": begun.whitening.unfitted()}), sample)
         if again is not None and again.whitening == begun.whitening:
             return again.statistics
         raise DamagedError(
