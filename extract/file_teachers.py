@@ -72,7 +72,7 @@ def build(spec: TeacherSpec) -> Built:
 
     def forward(images_BCHW: Tensor) -> Tensor:
         try:
-            tokens_BTC = module(images_BCHW)
+            tokens_BTC: Tensor = module(images_BCHW)
         except torch.OutOfMemoryError:
             raise  # is answered with a smaller batch
         except Exception as error:

@@ -79,7 +79,7 @@ class TeacherSpec(Schema):
         """The same teacher with another input size or tapped elsewhere; None leaves a setting as it is.
 
         Raises:
-            ConfigError: no such tap or stage here.
+            ConfigError: no such tap or stage here, or a size that its patches do not divide.
         """
         changes: dict[str, Any] = {
             name: value for name, value in (("input_px", input_px), ("tap", tap), ("block", block)) if value is not None
@@ -98,7 +98,13 @@ class TeacherSpec(Schema):
             changes["channels"] = self.projected_channels
         if block is not None and self.stage_channels:
             changes |= self._stage(block, changes.get("tap", self.tap))
-        return self.model_copy(update=changes)
+        moved = self.model_copy(update=changes)
+        if moved.input_px % moved.patch_px:
+            raise ConfigError(
+                f"teacher {self.name!r} has patches of {moved.patch_px} px, which do not divide "
+                f"extract.input_px={moved.input_px}; take {_nearest(moved.input_px, moved.patch_px)}"
+            )
+        return moved
 
     def _stage(self, block: int, tap: Tap) -> dict[str, int]:
         count = len(self.stage_channels)
@@ -122,3 +128,8 @@ class TeacherSpec(Schema):
         fields |= {"mean", "std", "tap", "block"}
         fields |= {"code_digest"} if self.code_digest else {"model", "options"}  # wherever the file lies
         return self.model_dump(mode="json", include=fields)
+
+
+def _nearest(px: int, patch_px: int) -> int:
+    """The multiple of the patch's side that is nearest."""
+    return max(1, round(px / patch_px)) * patch_px
