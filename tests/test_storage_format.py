@@ -17,6 +17,7 @@ from storage.reader import open_store
 from storage.records import FeatureSpec, FileEntry, ShardEntry, StoreManifest, StorePlan
 from storage.shards import PackedRecord, ShardContent
 from storage.tar_format import INDEX_DTYPE
+from storage.whitening import WHITENINGS
 from storage.zarr_metadata import MEANINGS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +61,12 @@ def test_the_examples_give_what_the_reader_gives(names: dict[str, Any]) -> None:
     np.testing.assert_array_equal(names["record_TC"], fp16.read(key, 0).tokens_TC)
 
 
+def test_the_example_of_whitening_gives_what_the_reader_gives(names: dict[str, Any]) -> None:
+    store = open_store(GOLDEN / "zarr_fp16_pca")
+    tokens_TC = store.read(store.images.keys[2], 1).tokens_TC
+    np.testing.assert_allclose(names["unwhiten"](tokens_TC), store.raw_tokens(np.array([5]))[0], rtol=1e-6, atol=1e-5)
+
+
 def test_the_examples_of_tars_give_what_the_reader_gives(names: dict[str, Any]) -> None:
     store = open_store(GOLDEN / "wds_fp16_views")
     key = store.images.keys[2]
@@ -81,7 +88,7 @@ def test_the_commands_run(command: str) -> None:
 
 def test_the_tables_name_everything() -> None:
     """A field that is added to the format is told here, or this fails."""
-    names = {f"`{name}`" for name in MEANINGS} | {f"`{kind}`" for kind in ENCODINGS}
+    names = {f"`{name}`" for name in (*MEANINGS, *ENCODINGS, *WHITENINGS)}
     for schema in (StorePlan, StoreManifest, ShardEntry, FileEntry):
         names |= {f"`{name}`" for name in schema.model_fields}
     assert not {name for name in names if name not in TEXT}

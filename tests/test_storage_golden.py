@@ -42,7 +42,7 @@ def test_every_value_is_read(name: str) -> None:
             with pytest.raises(DamagedError, match="is a hole"):
                 store.read(made_by.BAD, number % 2)
             continue
-        truth, kept = made_by.record_of(number, jpegs), made_by.kept_tokens(number, plan)
+        truth, kept = made_by.whitened_record(number, jpegs, plan), made_by.kept_tokens(number, plan)
         expected = made_by.expected_tokens(truth.tokens_TC[kept], plan)
         found = store.read(truth.key, truth.view_index)
         np.testing.assert_array_equal(found.tokens_TC.view(np.uint16), expected.pop("decoded").view(np.uint16))
@@ -57,6 +57,24 @@ def test_every_value_is_read(name: str) -> None:
             np.testing.assert_array_equal(encoded[field][0], values)
         if plan.token_subset is not None:
             assert store.positions(np.array([number])).tolist() == [kept]
+
+
+@ALL
+def test_the_teachers_tokens_come_back(name: str) -> None:
+    """Whitening undone by the words of the format's document, one token at a time, in float64."""
+    store, plan = open_store(GOLDEN / name), made_by.plan_of(name)
+    statistics = made_by.statistics_of(plan)
+    np.testing.assert_array_equal(store.statistics, statistics)
+    for number in (0, 1, 4, 5):
+        record = store.read(made_by.KEYS[number // 2], number % 2)
+        for token, found_C in enumerate(store.raw_tokens(np.array([number]))[0]):
+            white_C = record.tokens_TC[token].astype(np.float64)
+            expected_C = white_C * record.token_std_T[token] + record.token_mean_T[token]
+            if plan.whitening.kind == "mean_std":
+                expected_C = white_C * statistics[1] + statistics[0]
+            if plan.whitening.kind == "pca":
+                expected_C = np.linalg.solve(statistics[1:].astype(np.float64), white_C) + statistics[0]
+            np.testing.assert_allclose(found_C, expected_C, rtol=1e-6, atol=1e-5)
 
 
 @ALL

@@ -36,6 +36,9 @@ STORED_VIEWS = {
     "codec": {"kind": "jpeg", "px": 16, "quality": 95, "subsampling": "420", "library": "simplejpeg"},
     "seen_by_teacher": True,
 }
+MEAN_STD = {"kind": "mean_std", "eps": 1e-5, "num_tokens": 50, "statistics": "9cbff1379905a3d80119cb4d20fcb3a6"}
+PCA = {"kind": "pca", "eps": 1e-5, "num_tokens": 500, "statistics": "3b9da74a77d4286f0a28dee995a72d98"}
+"""Their statistics are powers of two and quarters, so no rounding is in them; the axes of `pca` are Hadamard's."""
 STORES: dict[str, dict[str, Any]] = {
     "zarr_fp16": {"backend": "zarr", "encoding": {"kind": "fp16"}},
     "zarr_int8_views": {
@@ -47,6 +50,10 @@ STORES: dict[str, dict[str, Any]] = {
     "wds_fp16_views": {"backend": "wds", "encoding": {"kind": "fp16"}, "stored_views": STORED_VIEWS},
     "wds_int8_subset": {
         "backend": "wds", "encoding": {"kind": "int8", "channel_scale": CHANNEL_SCALE}, "token_subset": SUBSET,
+    },
+    "zarr_fp16_pca": {"backend": "zarr", "encoding": {"kind": "fp16"}, "whitening": PCA},
+    "wds_fp16_mean_std": {
+        "backend": "wds", "encoding": {"kind": "fp16"}, "stored_views": STORED_VIEWS, "whitening": MEAN_STD,
     },
     "wds_bit_round_lz4": {
         "backend": "wds", "encoding": {"kind": "bit_round", "keep_bits": 2, "compressor_name": "lz4", "level": 5},
@@ -80,6 +87,18 @@ def numbers(count: int, start: int) -> NDArray[np.float64]:
     return mixed.astype(np.float64) / 2**31 - 1
 
 
+def statistics_of(plan: StorePlan) -> NDArray[np.float32]:
+    """What a store's whitening has learnt: a mean, then deviations or axes."""
+    mean_1C = np.arange(CHANNELS)[None] / 4 - 1
+    deviations_C = 2.0 ** (3 - np.arange(CHANNELS))
+    if plan.whitening.kind == "mean_std":
+        return np.concatenate([mean_1C, deviations_C[None]]).astype(np.float32)
+    if plan.whitening.kind == "pca":
+        signs_CC = np.array([[(-1) ** (row & column).bit_count() for column in range(8)] for row in range(8)])
+        return np.concatenate([mean_1C, signs_CC / 8 / deviations_C[:, None]]).astype(np.float32)
+    return np.empty((0, 0), np.float32)
+
+
 def record_of(number: int, jpegs: list[bytes]) -> FeatureRecord:
     """Record `number` with all its tokens."""
     image, view = divmod(number, VIEWS)
@@ -92,6 +111,15 @@ def record_of(number: int, jpegs: list[bytes]) -> FeatureRecord:
     return FeatureRecord(ImageKey(KEYS[image]), view, crop, tokens_TC, mean_T, std_T + 1.5, jpegs[number])
 
 
+def whitened_record(number: int, jpegs: list[bytes], plan: StorePlan) -> FeatureRecord:
+    """The same as a plan's whitening leaves it: only `layer_norm` has a mean and a deviation of its own for a token."""
+    record = record_of(number, jpegs)
+    if plan.whitening.kind == "layer_norm":
+        return record
+    zeros_T = np.zeros(TOKENS, np.float32)
+    return record._replace(token_mean_T=zeros_T, token_std_T=zeros_T + 1)
+
+
 def load_jpegs() -> list[bytes]:
     with np.load(FOLDER / "views.npz") as found:
         return [found[f"view{number}"].tobytes() for number in range(len(KEYS) * VIEWS)]
@@ -99,7 +127,7 @@ def load_jpegs() -> list[bytes]:
 
 def write_store(root: Path, name: str) -> None:
     plan, jpegs = plan_of(name), load_jpegs()
-    create_store(root, plan, IMAGES)
+    create_store(root, plan, IMAGES, statistics_of(plan))
     for index in range(plan.num_shards):
         writer = ShardWriter(root, plan, IMAGES, index)
         for key in writer.keys:
@@ -108,7 +136,7 @@ def write_store(root: Path, name: str) -> None:
                 continue
             for view in range(VIEWS):
                 number = KEYS.index(key) * VIEWS + view
-                record, kept = record_of(number, jpegs), kept_tokens(number, plan)
+                record, kept = whitened_record(number, jpegs, plan), kept_tokens(number, plan)
                 writer.append(
                     record._replace(
                         tokens_TC=record.tokens_TC[kept], token_mean_T=record.token_mean_T[kept],
