@@ -58,6 +58,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "setup: installing into $(VENV) (some minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps foolbox  # its pictures alone
 	@touch $(STAMP)
 	@echo "setup: done"
 
