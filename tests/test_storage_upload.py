@@ -4,13 +4,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from storage import upload
 from storage.errors import ConfigError, DamagedError, InputError
 from storage.reader import open_store
 from storage.upload import upload_store
+from storage.verify import iter_damage
+from storage.whitening import STATISTICS_FILE
 from tests.fixtures.object_server import Requests, sent
+from tests.fixtures.whitenings import MADE_UP
 
 
 def test_an_upload_sends_the_manifest_last_and_goes_on(
@@ -77,3 +81,21 @@ def test_what_may_not_be_uploaded(make_store: Any, begin_store: Any, s3: Any, bu
     with pytest.raises(DamagedError, match="not uploaded"):
         upload_store(other, f"s3://{bucket}/damaged")
     assert "damaged/manifest.json" not in sent(s3, bucket) and "damaged/tokens/c/1/0/0" not in sent(s3, bucket)
+
+
+def test_what_whitening_learnt_travels(make_store: Any, s3: Any, bucket: str) -> None:
+    """And is checked on its way and where it is read."""
+    root, _, _ = make_store(whitening=MADE_UP["pca"][0])
+    url = f"s3://{bucket}/store"
+    data = (root / STATISTICS_FILE).read_bytes()
+    (root / STATISTICS_FILE).write_bytes(data[:-1] + b"x")
+    with pytest.raises(DamagedError, match=r"whitening\.npy is not what was committed, so it is not uploaded"):
+        upload_store(root, url)
+    (root / STATISTICS_FILE).write_bytes(data)
+    upload_store(root, url)
+    records_B = np.array([0, 5])
+    np.testing.assert_array_equal(open_store(url).raw_tokens(records_B), open_store(root).raw_tokens(records_B))
+    s3.put_object(Bucket=bucket, Key=f"store/{STATISTICS_FILE}", Body=data[:-1] + b"x")
+    assert [damage.name for _, found in iter_damage(url) for damage in found] == [STATISTICS_FILE]
+    with pytest.raises(DamagedError, match=r"store/whitening\.npy is not the pca whitening that plan\.json names"):
+        open_store(url).raw_tokens(records_B)
