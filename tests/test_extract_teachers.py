@@ -1,4 +1,4 @@
-"""What the libraries' builders tap, against a plain forward pass, and how another input size changes a network."""
+"""What is tapped of CLIPs, against their forward pass written out, and how another input size changes a network."""
 
 import json
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from extract.backends import load_teacher
+from extract.resolve import identify_teacher
 from extract.spec import TeacherSpec
 from extract.teacher import Teacher, choose_device
 from extract.teachers import find_teacher
@@ -35,9 +36,6 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
 
 
-# ---- taps: last block, then the final norm on every token ------------------------------------------------------------
-
-
 def timm_spec(model: str, *, prefix: int, patch_px: int, channels: int) -> TeacherSpec:
     return find_teacher("dino-s").model_copy(
         update={
@@ -48,28 +46,6 @@ def timm_spec(model: str, *, prefix: int, patch_px: int, channels: int) -> Teach
 
 
 PLAIN_VIT = timm_spec("test_vit", prefix=1, patch_px=16, channels=64)
-VIT_WITH_REGISTERS = timm_spec("vit_small_patch14_reg4_dinov2", prefix=5, patch_px=14, channels=384)
-
-
-def timm_tokens(model: Any, images: Tensor) -> Tensor:
-    """A timm ViT's forward pass, block by block."""
-    tokens = model._pos_embed(model.patch_embed(images))
-    for block in model.blocks:
-        tokens = block(tokens)
-    return model.norm(tokens)  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize("spec", [PLAIN_VIT, VIT_WITH_REGISTERS], ids=lambda spec: spec.model)
-def test_timm_vits_give_all_tokens_through_the_final_norm(spec: TeacherSpec) -> None:
-    torch.manual_seed(3)
-    teacher = load_teacher(spec, device="cpu")
-    model: Any = teacher.module
-    torch.nn.init.normal_(model.norm.weight)  # a norm that does nothing would hide that it was left out
-    pixels = some_pixels(spec.input_px)
-    tokens = teacher(pixels)
-    assert tokens.shape == (2, spec.num_prefix_tokens + 9, spec.channels)
-    with torch.inference_mode():
-        torch.testing.assert_close(tokens, timm_tokens(model, normalise(pixels, spec)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture
@@ -91,17 +67,17 @@ def clip_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TeacherSpec:
     )
 
 
-def clip_tokens(tower: Any, images: Tensor) -> Tensor:
-    """OpenAI's forward pass, written out, without pooling and projection."""
+def clip_tokens(tower: Any, images: Tensor, num_blocks: int = 2) -> Tensor:
+    """OpenAI's forward pass, written out, without the final norm, pooling and projection."""
     grid = tower.conv1(images).flatten(2).transpose(1, 2)
     cls = tower.class_embedding.expand(len(grid), 1, -1)
     tokens = tower.ln_pre(torch.cat([cls, grid], dim=1) + tower.positional_embedding)
-    for block in tower.transformer.resblocks:
+    for block in tower.transformer.resblocks[:num_blocks]:
         normed = block.ln_1(tokens)
         tokens = tokens + block.attn(normed, normed, normed, need_weights=False)[0]
         hidden = block.mlp.c_fc(block.ln_2(tokens))
         tokens = tokens + block.mlp.c_proj(hidden * torch.sigmoid(1.702 * hidden))
-    return tower.ln_post(tokens)  # type: ignore[no-any-return]
+    return tokens  # type: ignore[no-any-return]
 
 
 def make_clip(spec: TeacherSpec, folder: Path) -> tuple[Any, Path]:
@@ -121,11 +97,58 @@ def test_clip_gives_all_tokens_through_ln_post_before_the_projection(clip_spec: 
     tokens = teacher(pixels)
     assert tokens.shape == (2, 17, 64)
     with torch.inference_mode():
-        torch.testing.assert_close(
-            tokens, clip_tokens(model.visual, normalise(pixels, clip_spec)), rtol=1e-4, atol=1e-4
-        )
+        expected = model.visual.ln_post(clip_tokens(model.visual, normalise(pixels, clip_spec)))
+    torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-4)
     safetensors.torch.save_file(model.visual.state_dict(), tmp_path / "tower.safetensors")
     assert load_teacher(clip_spec, weights=tmp_path / "tower.safetensors").fingerprint == teacher.fingerprint
+
+
+def test_clip_taps_before_the_norm_at_an_earlier_block_and_in_the_space_of_text(
+    clip_spec: TeacherSpec, tmp_path: Path
+) -> None:
+    model, path = make_clip(clip_spec, tmp_path)
+    pixels, images = some_pixels(32), normalise(some_pixels(32), clip_spec)
+    visual: Any = model.visual
+    clip_spec = clip_spec.model_copy(update={"projected_channels": 16})
+    with torch.inference_mode():
+        cases = [
+            (clip_spec.at(tap="block"), clip_tokens(visual, images)),
+            (clip_spec.at(tap="block", block=0), clip_tokens(visual, images, 1)),
+            (clip_spec.at(block=-2), visual.ln_post(clip_tokens(visual, images, 1))),
+            (clip_spec.at(tap="projected"), visual.ln_post(clip_tokens(visual, images)) @ visual.proj),
+        ]
+    for spec, expected in cases:
+        tokens = load_teacher(spec, weights=path, device="cpu")(pixels)
+        assert tuple(tokens.shape[1:]) == spec.feature_spec().shape_TC
+        torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-4)
+    pooled = model.encode_image(images)  # its CLS token is what CLIP compares with text
+    projected = load_teacher(clip_spec.at(tap="projected"), weights=path, device="cpu")(pixels)
+    torch.testing.assert_close(projected[:, 0], pooled, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ConfigError, match=r"has 2 blocks; extract\.block can be 0 to 1, or -1 to -2 .* found 2"):
+        load_teacher(clip_spec.at(block=2), weights=path)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_clip_runs_in_lower_precision(clip_spec: TeacherSpec, tmp_path: Path, precision: str) -> None:
+    _, path = make_clip(clip_spec, tmp_path)
+    for tap in ("final_norm", "projected"):
+        spec = clip_spec.model_copy(update={"projected_channels": 16}).at(tap=tap)
+        teacher, pixels = load_teacher(spec, weights=path, device="cpu", precision=precision), some_pixels(32)
+        similar = torch.nn.functional.cosine_similarity(teacher(pixels), teacher.in_float32(pixels), dim=-1)
+        assert similar.min() > 0.99
+
+
+def test_a_tower_of_timms_in_open_clip_is_timms_network(tmp_path: Path) -> None:
+    """SigLIP: the file is a whole open_clip model, the tokens are those of its trunk."""
+    as_timm = load_teacher(find_teacher("siglip2-b").at(input_px=48), weights="random", device="cpu")
+    state = {f"visual.trunk.{name}": tensor.contiguous() for name, tensor in as_timm.module.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "siglip.safetensors")
+    spec = identify_teacher("open_clip:ViT-B-16-SigLIP2/webli")
+    as_clip = load_teacher(spec.at(input_px=48), weights=tmp_path / "siglip.safetensors", device="cpu")
+    assert as_clip.fingerprint == as_timm.fingerprint
+    assert torch.equal(as_clip(some_pixels(48, 1)), as_timm(some_pixels(48, 1)))
+    with pytest.raises(ConfigError, match="no projection into a space shared with text"):
+        spec.at(tap="projected")
 
 
 def test_clip_weights_that_do_not_fit_are_listed(clip_spec: TeacherSpec, tmp_path: Path) -> None:
