@@ -18,8 +18,10 @@ backends.py    a teacher's row of data to a module that gives tokens, by its lib
   cost.py                parameters and operations of a network, counted without memory
 teacher.py     a frozen teacher: pixels to tokens, in a precision
 precision.py   how far its fast path is from float32
+measure.py     what each precision changes, and how fast it is
 batch_size.py  how many views go through it at a time
 whiten.py      whitening of a batch: layer_norm, mean_std, pca, none
+sample.py      a sample of views, to learn from
 fit.py         what whitening learns from a sample of views
 plan.py        a store's plan, before anything is extracted
 render.py      images to the views that teachers look at

@@ -23,6 +23,7 @@ class Filling:
 
     def __init__(self, cfg: ExtractConfig, root: Path, planned: PlannedStore, images: ImageList) -> None:
         self.cfg, self.root, self.plan, self.images = cfg, root, planned.plan, images
+        self.agreement = planned.agreement
         create_store(root, planned.plan, images, planned.statistics)
         sweep(root, planned.plan)
         self.done = committed_shards(root, self.plan)
@@ -91,6 +92,7 @@ class Filling:
             "whitening": plan.whitening.kind,
             "encoding": plan.encoding.kind,
             "precision": plan.teacher["precision"],
+            "against_float32": self.agreement.to_json() if self.agreement else None,
             "bytes": manifest.num_bytes,
             "bad_images": [bad.to_json() for bad in manifest.bad_images],
             "together_with": together_with,

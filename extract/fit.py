@@ -1,36 +1,22 @@
 """What whitening learns from a sample of views. Its sums are in float64 and grow batch by batch, so the sample itself
 is never in memory as a whole."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from extract.render import Look, UnusableImage, ViewRenderer
-from extract.teacher import Teacher
+from extract.sample import SampleBatch
 from extract.whiten import NOT_FINITE, refuse_rows
 from storage.errors import InputError
 from storage.fingerprint import digest_bytes
-from storage.image_list import ImageList
-from storage.records import ImageKey, StorePlan
 from storage.whitening import MeanStd, Pca, Statistics, encode_statistics
 
-_BATCH = 16
-"""Views at a time, whatever memory is free: the same machine learns the same again."""
 _LEAST_TOKENS, _GOOD_TOKENS = 10, 40
 """A channel, for principal components. Tokens of one view are alike, so a covariance takes many: on the 320 channels
 of EfficientNet-Lite0, the mean square of whitened tokens of 64 unseen views was 502, 4.8, 2.3, 1.2 and 1.1 with 1, 5,
 10, 40 and 70 tokens a channel, instead of 1."""
-
-
-class SampleBatch(NamedTuple):
-    """The teacher's own tokens of some views."""
-
-    tokens_BTC: Tensor
-    keys: Sequence[ImageKey]
-    """The image of each row."""
 
 
 class Fitted(NamedTuple):
@@ -38,39 +24,6 @@ class Fitted(NamedTuple):
 
     whitening: MeanStd | Pca
     statistics: Statistics
-
-
-def iter_sample(plan: StorePlan, images: ImageList, teacher: Teacher, num_views: int) -> Iterator[SampleBatch]:
-    """Tokens of about `num_views` views of images that are spread evenly over the list: one view each, or more where
-    there are fewer images.
-
-    Raises:
-        InputError: none of these images can be used.
-    """
-    look = Look.of(plan, teacher.spec.input_px)
-    renderer = ViewRenderer(plan, images, [look])
-    positions = np.unique(np.linspace(0, len(images) - 1, min(num_views, len(images))).astype(np.int64))
-    views_each = min(plan.views_per_image, max(1, num_views // len(images)))
-    keys: list[ImageKey] = []
-    pixels = []
-    num_found = 0
-    for position in positions.tolist():
-        rendered = renderer.render(position, num_views=views_each)
-        if isinstance(rendered, UnusableImage):
-            continue
-        for view in rendered:
-            keys.append(view.key)
-            pixels.append(view.pictures[look].pixels_HWC)
-            num_found += 1
-            if len(keys) == _BATCH:
-                yield SampleBatch(teacher(torch.from_numpy(np.stack(pixels))), keys)
-                keys, pixels = [], []
-    if keys:
-        yield SampleBatch(teacher(torch.from_numpy(np.stack(pixels))), keys)
-    if not num_found:
-        raise InputError(
-            f"none of {len(positions)} images of {images.location} can be decoded; is it the right folder?"
-        )
 
 
 def fit_whitening(whitening: MeanStd | Pca, sample: Iterable[SampleBatch]) -> Fitted:

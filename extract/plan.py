@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from extract.backends import load_teacher
 from extract.config import ExtractConfig
-from extract.fit import Fitted, SampleBatch, fit_whitening, iter_sample
+from extract.fit import Fitted, fit_whitening
+from extract.precision import Agreement, compare_with_float32
 from extract.resolve import resolve_teacher
-from extract.teacher import choose_precision
+from extract.sample import SampleBatch, iter_sample, iter_sample_views
+from extract.teacher import Teacher, choose_precision
 from extract.whiten import Whitener
 from storage.encodings import fit_encoding, is_fitted, unfitted
 from storage.errors import ConfigError, DamagedError, InputError
@@ -27,6 +29,8 @@ from storage.whitening import NO_STATISTICS, STATISTICS_FILE, MeanStd, Pca, Stat
 
 Sample = Callable[[], Iterable[SampleBatch]]
 """Begins the sample anew; nothing is computed before."""
+_COMPARED_VIEWS = 16
+"""Enough to see a precision that fails, and seconds even for a large teacher on a GPU."""
 
 
 class PlannedStore(NamedTuple):
@@ -35,6 +39,8 @@ class PlannedStore(NamedTuple):
     plan: StorePlan
     statistics: Statistics
     """What a fitted whitening learnt."""
+    agreement: Agreement | None = None
+    """How near the teacher's fast path is to plain float32; None where it is that itself."""
 
 
 def build_plan(
@@ -53,15 +59,41 @@ def build_plan(
         DamagedError: what the begun store's whitening learnt is gone, and a fit gives something else.
         InputError: images or tokens that nothing can be learnt from.
     """
-    spec = resolve_teacher(cfg)
     learns = not is_fitted(cfg.encoding) or not cfg.whitening.is_fitted
     precision = choose_precision(cfg.precision, cfg.run.device)
-    teacher = load_teacher(spec, weights=cfg.weights, device=cfg.run.device if learns else "cpu", precision=precision)
+    is_exact = precision == "float32" and not cfg.run.compile
+    teacher = load_teacher(
+        resolve_teacher(cfg), weights=cfg.weights, device="cpu" if is_exact and not learns else cfg.run.device,
+        precision=precision, is_compiled=cfg.run.compile, channels_last=cfg.run.channels_last,
+    )  # fmt: skip
+    plan = plan_before_fit(cfg, images, teacher)
+    sample: Sample = functools.partial(iter_sample, plan, images, teacher, cfg.fit_views)
+    agreement = None
+    if not is_exact:
+        agreement = compare_with_float32(
+            teacher, iter_sample_views(plan, images, teacher.spec.input_px, _COMPARED_VIEWS)
+        )
+    begun = find_plan(out_dir)
+    shared = None if whitening_from is None else _shared_whitening(plan, whitening_from)
+    if begun is not None and _without_fit(begun, plan) == plan:
+        return PlannedStore(begun, _statistics_of_begun(begun, out_dir, shared, sample), agreement)
+    fitted = shared or _fit(plan, sample)
+    if fitted is not None:
+        plan = plan.model_copy(update={"whitening": fitted.whitening})
+    statistics = NO_STATISTICS if fitted is None else fitted.statistics
+    if not is_fitted(plan.encoding):
+        whitener = Whitener(plan.whitening, statistics, teacher.device)
+        plan = plan.model_copy(update={"encoding": fit_encoding(plan.encoding, _whitened(sample, whitener))})
+    return PlannedStore(plan, statistics, agreement)
+
+
+def plan_before_fit(cfg: ExtractConfig, images: ImageList, teacher: Teacher) -> StorePlan:
+    """The plan as far as settings, images and teacher decide it."""
     views = None
     if cfg.keeps_views:
-        codec = ViewCodec(px=spec.input_px, quality=cfg.view_quality)
-        views = StoredViews(px=spec.input_px, codec=codec.describe())
-    plan = StorePlan(
+        codec = ViewCodec(px=teacher.spec.input_px, quality=cfg.view_quality)
+        views = StoredViews(px=teacher.spec.input_px, codec=codec.describe())
+    return StorePlan(
         backend=cfg.layout,
         features=teacher.features,
         whitening=cfg.whitening,
@@ -73,24 +105,11 @@ def build_plan(
         renderer=cfg.renderer.describe(),
         images_fingerprint=images.fingerprint,
         teacher_fingerprint=teacher.fingerprint,
-        teacher=spec.identity() | {"precision": precision},
+        teacher=teacher.spec.identity() | {"precision": teacher.precision},
         num_images=len(images),
         views_per_image=cfg.views,
         images_per_shard=cfg.images_per_shard,
     )
-    sample: Sample = functools.partial(iter_sample, plan, images, teacher, cfg.fit_views)
-    begun = find_plan(out_dir)
-    shared = None if whitening_from is None else _shared_whitening(plan, whitening_from)
-    if begun is not None and _without_fit(begun, plan) == plan:
-        return PlannedStore(begun, _statistics_of_begun(begun, out_dir, shared, sample))
-    fitted = shared or _fit(plan, sample)
-    if fitted is not None:
-        plan = plan.model_copy(update={"whitening": fitted.whitening})
-    statistics = NO_STATISTICS if fitted is None else fitted.statistics
-    if not is_fitted(plan.encoding):
-        whitener = Whitener(plan.whitening, statistics, teacher.device)
-        plan = plan.model_copy(update={"encoding": fit_encoding(plan.encoding, _whitened(sample, whitener))})
-    return PlannedStore(plan, statistics)
 
 
 def _without_fit(begun: StorePlan, plan: StorePlan) -> StorePlan:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from extract.cluster import FailedJob, run_jobs
 from extract.config import ExtractConfig
 from extract.filling import Filling, find_receipts
@@ -83,6 +85,10 @@ def run_together(
             build_plan(target.cfg, images, target.root, target.cfg.whitening_from or inputs.get("extract"))
             for target in targets
         ]
+        torch.cuda.empty_cache()  # workers load the teachers again, perhaps on the same GPU
+        for target, store in zip(targets, planned, strict=True):
+            if store.agreement is not None:
+                progress.say(f"{target.cfg.teacher}: {store.agreement}")
         started = time.monotonic()
         stop = held.enter_context(stop_on_signals())
         if len(targets) > 1:

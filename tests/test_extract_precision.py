@@ -9,16 +9,22 @@ from torch import Tensor, nn
 
 from extract.backends import load_teacher
 from extract.precision import Agreement, compare_with_float32
+from extract.sample import SampleViews
 from extract.spec import TeacherSpec
 from extract.teacher import Forward, Teacher, choose_precision
 from extract.teachers import find_teacher
 from storage.errors import InputError
+from storage.records import ImageKey
 
 TOY = find_teacher("toy")
 
 
 def some_pixels(count: int = 6, side: int = 32) -> Tensor:
     return torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+
+
+def sample(pixels: Tensor, batch_size: int) -> list[SampleViews]:
+    return [SampleViews(part, [ImageKey("x")] * len(part)) for part in pixels.split(batch_size)]
 
 
 class Recorder(nn.Module):
@@ -71,24 +77,35 @@ def test_the_report_has_the_mean_and_the_worst_token() -> None:
     )[0, 5]
     centred = turned - turned.mean()
     expected = float(centred @ centred.roll(1) / (centred @ centred))
-    found = compare_with_float32(teacher, pixels, batch_size=4)
+    found = compare_with_float32(teacher, sample(pixels, 4))
     assert found.num_views == 4
     assert found.worst_cosine == pytest.approx(expected, abs=1e-5)
     assert found.mean_cosine == pytest.approx((63 + expected) / 64, abs=1e-5)
-    same = compare_with_float32(teacher, pixels, batch_size=1)
+    same = compare_with_float32(teacher, sample(pixels, 1))
     assert (same.mean_cosine, same.worst_cosine) == (1, 1)
 
 
 def test_the_report_reads_well() -> None:
     text = str(Agreement("float16", 16, 0.9999987, 0.99981))
     assert text == (
-        "float16 against float32 on 16 views: mean cosine of the whitened tokens 0.999999, worst token 0.999810"
+        "float16 against plain float32 on 16 views: mean cosine of the whitened tokens 0.999999, worst token 0.999810"
     )
+
+
+def test_a_bad_or_unusable_precision_is_warned_of() -> None:
+    for worst in (0.98, float("nan")):
+        found = Agreement("float16", 16, 0.9999, worst)
+        assert not found.is_good
+        assert str(found).startswith("warning: float16 against plain float32")
+        assert str(found).endswith("set extract.precision=bfloat16 or float32")
+    assert Agreement("float16", 1, float("nan"), float("nan")).to_json() == {
+        "precision": "float16", "num_views": 1, "mean_cosine": None, "worst_cosine": None,
+    }  # fmt: skip
 
 
 def test_a_trained_network_survives_bfloat16() -> None:
     teacher = load_teacher(find_teacher("efficientnet-lite0").at(input_px=96), device="cpu", precision="bfloat16")
-    agreement = compare_with_float32(teacher, some_pixels(2, 96), batch_size=2)
+    agreement = compare_with_float32(teacher, sample(some_pixels(2, 96), 2))
     assert 0.99 < agreement.worst_cosine < agreement.mean_cosine < 1
 
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from extract.fit import Moments, SampleBatch, fit_whitening
+from extract.fit import Moments, fit_whitening
+from extract.sample import SampleBatch
 from extract.whiten import Whitener
 from storage.errors import DecantError, InputError
 from storage.whitening import NO_STATISTICS, LayerNorm, MeanStd, Pca

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from extract.config import ExecutionConfig, ExtractConfig
-from extract.fit import SampleBatch
 from extract.run import run
+from extract.sample import SampleBatch
 from storage.encodings import MIN_CHANNEL_SCALE, Int8
 from storage.errors import ConfigError, DamagedError, InputError
 from storage.reader import open_store
