@@ -41,7 +41,7 @@ class ExtractConfig(Schema):
     not_identity: ClassVar[frozenset[str]] = frozenset({"weights", "whitening_from", "max_bad_fraction", "run"})
 
     teacher: str = "clip-b"
-    """A name of `make teachers`."""
+    """A name of `make teachers`, `timm:NAME`, `open_clip:NAME/TAG`, or a file: `FILE.py`, `FILE.py:function`."""
     weights: Literal["random"] | Path | None = None
     """A local weights file instead of the teacher's own source, or `random`: for what a teacher costs."""
     input_px: int | None = Field(default=None, ge=16)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from extract.spec import TeacherSpec
 
 _DETAILS = ("licence", "weights", "model")
-_HEADINGS = ("", "teacher", "px", "grid", "prefix", "channels", "parameters", "GFLOP", "kB a view", *_DETAILS)
+_HEADINGS = ("", "teacher", "px", "grid", "prefix", "channels", "params", "GFLOP", "kB a view", *_DETAILS)
 _IS_NUMBER = tuple(2 <= number < 9 for number in range(len(_HEADINGS)))
 _SOURCES = {"hub": "hub", "package": "package", "file": "your file", "random": "seed"}
 
