@@ -36,7 +36,7 @@ def build(spec: TeacherSpec) -> Built:
 
 
 def tap(module: Any, spec: TeacherSpec) -> Forward:
-    """A network's tokens at `spec.block`, through its final norm or as they are. Pooling that comes after is removed.
+    """A network's tokens at `spec.block`, through its final norm or as they are. What comes after is removed.
 
     Raises:
         ConfigError: no such block, or no final norm to tap behind.
@@ -54,6 +54,8 @@ def tap(module: Any, spec: TeacherSpec) -> Forward:
         )
     if getattr(module, "attn_pool", None) is not None:
         module.attn_pool = None
+    if spec.state_keys == "by_name" and hasattr(module, "head"):
+        module.head = nn.Identity()  # the norm behind the pooling of some; FCMAE's files have none
     is_sequence = _is_sequence(module)
     form = {"output_fmt": "NLC", "return_prefix_tokens": True} if is_sequence else {"output_fmt": "NCHW"}
     is_map_norm = isinstance(norm, _MAP_NORMS)

@@ -1,0 +1,85 @@
+"""Checkpoints of any upstream: which network is taken, and what is refused without being opened."""
+
+import argparse
+import collections
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from extract.checkpoints import read_checkpoint
+from storage.errors import InputError
+
+ONE, OTHER = {"a.w": torch.ones(2)}, {"a.w": torch.zeros(2)}
+
+
+def save(content: Any, path: Path) -> Path:
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "branch"),
+    [
+        (ONE, ""),
+        (ONE, "teacher"),
+        ({"model": ONE, "optimizer": {"state": {0: {"step": 1}}}, "epoch": 3}, ""),
+        ({"state_dict": {"module.a.w": ONE["a.w"]}}, ""),
+        ({"module": {"_orig_mod.a.w": ONE["a.w"]}}, ""),
+        (
+            {"student": OTHER, "teacher": {"backbone.a.w": ONE["a.w"]}, "dino_loss": {"center": torch.zeros(3)}},
+            "teacher",
+        ),
+        ({"student": ONE, "teacher": OTHER}, "student"),
+        ({"state_dict": {"model": ONE}}, ""),
+        ({"model": ONE, "args": argparse.Namespace(lr=np.float64(1), n=np.int64(3)), "best": np.float32(2)}, ""),
+        (ONE | {"input_resolution": 224, "name": "x", "nothing": None}, ""),
+        (collections.OrderedDict(ONE), ""),
+    ],
+)
+def test_the_network_is_found(content: Any, branch: str, tmp_path: Path) -> None:
+    found = read_checkpoint(save(content, tmp_path / "w.pth"), branch)
+    assert list(found) == ["a.w"]
+    assert torch.equal(found["a.w"], ONE["a.w"])
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({"student": ONE, "teacher": OTHER}, "holds several networks (student, teacher); save the one"),
+        ({"backbone.a": torch.ones(1), "a": torch.ones(1)}, "under the same name with and without 'backbone.'"),
+        ({"a": torch.ones(2).to_sparse()}, "a is not a plain dense tensor"),
+        ({"a": torch.ones(1).expand(10**12)}, "says to be larger than the whole file"),
+        ({"a": torch.empty(3, device="meta")}, "says to be larger than the whole file"),
+        ({"a": [torch.ones(1)]}, "is not a dictionary of tensors"),
+        ({}, "is not a dictionary of tensors"),
+    ],
+)
+def test_what_is_no_network_is_refused(content: Any, told: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=re.escape(told)):
+        read_checkpoint(save(content, tmp_path / "w.pth"))
+
+
+def test_a_branch_that_is_not_there_is_named(tmp_path: Path) -> None:
+    path = save({"student": ONE, "model_ema": OTHER}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=r"several networks \(student, model_ema\); expected one called 'teacher'"):
+        read_checkpoint(path, "teacher")
+
+
+class Settings(dict):  # type: ignore[type-arg]
+    """Some package's own class."""
+
+
+def test_a_class_that_is_not_harmless_is_named_with_a_way_out(tmp_path: Path) -> None:
+    path = save({"model": ONE, "config": Settings(lr=1)}, tmp_path / "w.pth")
+    with pytest.raises(InputError) as caught:
+        read_checkpoint(path)
+    message = str(caught.value)
+    assert re.search(r"holds more than tensors \([\w.]+\.Settings\) and is not opened", message)
+    assert f"torch.load({str(path)!r}, map_location='cpu', weights_only=False)" in message
+    assert "safetensors.torch.save_file(" in message
+    assert "\n" not in message
