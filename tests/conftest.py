@@ -20,7 +20,7 @@ settings.load_profile("decant")
 
 pytest_plugins = [
     f"tests.fixtures.{name}"
-    for name in ("images", "stores", "runs", "tars", "any_store", "whole_store", "folder_server", "object_server")
+    for name in "images stores runs tars any_store whole_store together folder_server object_server".split()
 ]
 
 

@@ -1,6 +1,5 @@
 """Commands that name several teachers: one pass over the images, a store each, and what later commands make of them."""
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -10,14 +9,8 @@ from typing import Any
 import pytest
 
 from extract.teacher import Teacher
-from extract.teachers import TEACHERS
-from pipeline.cli import resolve_config
-from pipeline.config import OtherTeacher, PipelineConfig
-from pipeline.presets import load_preset
 from pipeline.stages import STAGES
 from pipeline.workspace import Workspace, read_result, read_state
-from storage.atomic import write_json
-from storage.errors import ConfigError
 from storage.folder import load_plan
 from storage.image_list import ImageList
 from storage.lock import hold_lock
@@ -25,14 +18,8 @@ from storage.receipts import committed_shards
 
 Decant = Callable[..., Any]
 TreeBytes = Callable[[Path], dict[str, bytes]]
+pytestmark = pytest.mark.usefixtures("toy_large")
 BOTH = ("--preset", "smoke", "--teacher", "toy,toy-large")
-
-
-@pytest.fixture(autouse=True)
-def toy_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second toy teacher, which looks at larger views; students of the smoke preset fit both."""
-    row = TEACHERS["toy"].model_copy(update={"name": "toy-large", "input_px": 48, "patch_px": 12})
-    monkeypatch.setitem(TEACHERS, "toy-large", row)
 
 
 @pytest.fixture
@@ -226,93 +213,3 @@ def test_one_damaged_store_of_two_is_repaired(
     assert outcome.code == 0, outcome.err
     assert tree_bytes(folder) == before
     assert len(committed_shards(folder, load_plan(folder))) == 4
-
-
-# ---- the names -------------------------------------------------------------------------------------------------------
-
-NOTHING: dict[str, Any] = {"assignments": ()}
-
-
-@pytest.fixture
-def resolve(tmp_path: Path, decant: Decant) -> Callable[..., PipelineConfig]:
-    """Settings of a command with some options, after those of another one."""
-    from inspect import signature
-
-    names = [name for name in signature(resolve_config).parameters if name not in ("workspace", "command")]
-
-    def run(command: str, before: PipelineConfig | None = None, **options: Any) -> PipelineConfig:
-        workspace = Workspace(tmp_path / "settings")
-        shutil.rmtree(workspace.root, ignore_errors=True)
-        if before is not None:
-            write_json(workspace.current_path, before.to_json())
-        return resolve_config(workspace, command=command, **(dict.fromkeys(names) | NOTHING | options))
-
-    return run
-
-
-def test_names_and_weights_stand_in_the_same_order(resolve: Callable[..., PipelineConfig]) -> None:
-    config = resolve("extract", preset="smoke", teacher="toy, toy-large ,mae-b", weights="a.pth,random,hub")
-    assert config.teachers == {"toy": Path("a.pth"), "toy-large": "random", "mae-b": None}
-    assert config.distill == load_preset("smoke").distill
-    assert resolve("run", config).teachers == config.teachers, "a command without names goes on"
-    assert resolve("extract", config, weights=",,").teachers == dict.fromkeys(config.teachers)
-    assert PipelineConfig.checked(json.loads(json.dumps(config.to_json())), "here") == config
-
-
-def test_the_first_name_decides_the_recipe(resolve: Callable[..., PipelineConfig]) -> None:
-    config = resolve("extract", teacher="dino-b,clip-b")
-    assert config.preset == "dino-b-300ep"
-    assert [other.name for other in config.also] == ["clip-b"]
-    assert config.led_by("clip-b").extract == config.extract.model_copy(update={"teacher": "clip-b"})
-
-
-def test_naming_one_of_them_keeps_the_settings(resolve: Callable[..., PipelineConfig]) -> None:
-    before = resolve("extract", teacher="clip-l,dino-b", weights="l.pth,b.pth", views=3)
-    for command in ("distill", "finetune", "evaluate", "report"):
-        config = resolve(command, before, teacher="dino-b")
-        assert config.extract == before.extract.model_copy(update={"teacher": "dino-b", "weights": Path("b.pth")})
-        assert config.also == (OtherTeacher(name="clip-l", weights=Path("l.pth")),)
-        assert config.distill == before.distill
-        assert resolve(command, config, teacher="clip-l") == before
-    assert resolve("extract", before, teacher="dino-b").also == (), "to extract one is to extract that one"
-    swapped = resolve("extract", before, teacher="dino-b,clip-l")
-    assert list(swapped.teachers.items()) == [("dino-b", Path("b.pth")), ("clip-l", Path("l.pth"))]
-    assert resolve("distill", before, teacher="mae-b").also == (), "a teacher that is new begins anew"
-
-
-@pytest.mark.parametrize(
-    ("command", "options", "said"),
-    [
-        ("distill", {"teacher": "toy,toy-large"}, "`distill` works with one teacher, found 2 (toy, toy-large)"),
-        ("demo", {"teacher": "toy,toy-large"}, "`extract`, `plan` and `run` take several"),
-        ("extract", {"teacher": "toy,,toy-large"}, "there is no name beside a comma"),
-        ("extract", {"teacher": "toy,"}, "there is no name beside a comma"),
-        ("extract", {"teacher": "toy,toy"}, "TEACHER names 'toy' twice"),
-        ("extract", {"teacher": "toy,tou"}, "unknown teacher 'tou'; did you mean 'toy'"),
-        (
-            "extract",
-            {"teacher": "toy,toy-large", "weights": "a.pth"},
-            "WEIGHTS has 1 entries (a.pth) for 2 teachers (toy, toy-large)",
-        ),
-        ("distill", {"teacher": "toy", "weights": "a,b"}, "WEIGHTS has 2 entries (a,b) for 1 teachers (toy)"),
-    ],
-)
-def test_names_that_cannot_be_meant_are_refused(
-    resolve: Callable[..., PipelineConfig], command: str, options: dict[str, Any], said: str
-) -> None:
-    with pytest.raises(ConfigError) as caught:
-        resolve(command, **options)
-    assert said in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "folder"),
-    [
-        ("timm:vit_base_patch16_224.dino", "timm-vit_base_patch16_224.dino"),
-        ("open_clip:ViT-B-16/openai", "open_clip-ViT-B-16-openai"),
-        ("../my teachers/mine.py:large", "my-teachers-mine.py-large"),
-    ],
-)
-def test_any_name_makes_a_folder_beside_the_others(name: str, folder: str, tmp_path: Path) -> None:
-    path = Workspace(tmp_path).stage_dir(STAGES["extract"], name, "0123456789abcdef")
-    assert path == tmp_path / "stores" / f"{folder}-0123456789"

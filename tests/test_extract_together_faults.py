@@ -1,0 +1,252 @@
+"""A pass over several stores that is stopped, killed or fails in one: the same command ends with the same bytes."""
+
+import functools
+import itertools
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from extract.run import run, run_together
+from extract.teacher import Teacher
+from extract.worker import Target, Worker
+from storage.errors import DecantError, QuarantineError
+from storage.folder import load_plan
+from storage.receipts import committed_shards, receipt_path
+from storage.records import ShardEntry
+from storage.stage import Interrupted, SilentProgress
+from storage.verify import iter_damage
+from storage.writer import ShardWriter
+from tests.fixtures.together import ALONE, Files, MakeIndex, TreeBytes, read_all, targets
+
+Fork = Callable[[Callable[[], object]], int]
+
+
+# ---- going on --------------------------------------------------------------------------------------------------------
+
+
+def test_only_what_a_store_lacks_is_made(
+    alone: tuple[Path, Files], decoded: Counter[int], tree_bytes: TreeBytes, tmp_path: Path
+) -> None:
+    """One store is there, one lacks a shard, two are new; then all are there."""
+    data, files = alone
+    together = tmp_path / "together"
+    run(ALONE["plain"], {"data": data}, together / "plain")
+    run(ALONE["tars"], {"data": data}, together / "tars")
+    receipt_path(together / "tars", 2).unlink()
+    before = {path: path.stat().st_mtime_ns for path in (together / "plain").rglob("*") if path.is_file()}
+    decoded.clear()
+    run_together(targets(together, ["plain", "tars"]), {"data": data})
+    assert decoded == Counter(range(6, 9)), "the images of shard 2"
+    for path, stamp in before.items():
+        assert path.name in ("manifest.json", "LOCK") or path.stat().st_mtime_ns == stamp
+    metrics = run_together(targets(together), {"data": data})[0]
+    assert isinstance(metrics, dict)
+    assert metrics["extracted_views_per_second"] is None
+    assert read_all(tree_bytes, together) == files
+
+
+def test_a_worker_skips_what_another_committed(
+    alone: tuple[Path, Files], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A worker that died after one store's commit: the job's next attempt makes the others' shard alone."""
+    data, _ = alone
+    stores = [Target(cfg, tmp_path / "alone" / name) for name, cfg in ALONE.items()]
+    receipt_path(stores[1].root, 4).unlink()
+    sides: set[int] = set()
+    speak = Teacher.__call__
+
+    def note(self: Teacher, pixels: torch.Tensor) -> torch.Tensor:
+        sides.add(pixels.shape[1])
+        return speak(self, pixels)
+
+    monkeypatch.setattr(Teacher, "__call__", note)
+    entries = Worker(stores, data)(4)
+    assert sides == {48}
+    assert [entry.store for entry in entries] == [load_plan(store.root).fingerprint for store in stores]
+
+
+class AfterShards(SilentProgress):
+    """Asks for a stop after some shards."""
+
+    def __init__(self, count: int) -> None:
+        self.left, self.said = count, list[str]()
+
+    def advance(self, amount: int, **facts: object) -> None:
+        self.said.append(f"{amount} {facts['shards']}")
+        self.left -= 1
+        if self.left == 0:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_an_interrupted_pass_goes_on_where_it_stopped(
+    alone: tuple[Path, Files], decoded: Counter[int], tree_bytes: TreeBytes, tmp_path: Path
+) -> None:
+    data, files = alone
+    stop, names = AfterShards(2), ["tars", "plain"]
+    decoded.clear()
+    with pytest.raises(Interrupted):
+        run_together(targets(tmp_path, names), {"data": data}, stop)
+    assert stop.said == ["3 2/12", "3 4/12"], "images count once, shards of all stores"
+    run_together(targets(tmp_path, names), {"data": data})
+    assert decoded == Counter(range(16))
+    assert read_all(tree_bytes, tmp_path, names) == {name: files[name] for name in names}
+
+
+def test_a_killed_pass_goes_on_and_is_the_same(
+    make_index: MakeIndex, fork: Fork, tree_bytes: TreeBytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at the n-th file that is given its final name, in whichever store that is."""
+    data, _ = make_index(per_class=4)
+    names = ["plain", "tars"]
+    run_together(targets(tmp_path / "undisturbed", names), {"data": data})
+    files = read_all(tree_bytes, tmp_path / "undisturbed", names)
+
+    def die_at(name_number: int) -> None:
+        given = itertools.count(1)
+        for function in ("replace", "link"):
+            give_name = getattr(os, function)
+
+            def give(source: Path, target: Path, give_name: Callable[[Path, Path], None] = give_name) -> None:
+                if next(given) == name_number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                give_name(source, target)
+
+            monkeypatch.setattr(os, function, give)
+        run_together(targets(tmp_path / f"killed-{name_number}", names), {"data": data})
+
+    kills = 0
+    for at in itertools.count(2, 5):
+        _, status = os.waitpid(fork(functools.partial(die_at, at)), 0)
+        folder = tmp_path / f"killed-{at}"
+        kills += os.WIFSIGNALED(status)
+        run_together(targets(folder, names), {"data": data})
+        assert read_all(tree_bytes, folder, names) == files
+        assert all(not damage for name in names for _, damage in iter_damage(folder / name))
+        if not os.WIFSIGNALED(status):
+            break
+    assert kills >= 4
+
+
+# ---- one that fails --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fail_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Exception | float], None]:
+    """Let the teacher of 48 px fail in some batch: raise an error, or give a value."""
+    speak = Teacher.__call__
+    calls = itertools.count(1)
+
+    def arm(batch: int, failure: Exception | float) -> None:
+        def call(self: Teacher, pixels: torch.Tensor) -> torch.Tensor:
+            tokens = speak(self, pixels).clone()
+            if pixels.shape[1] == 48 and next(calls) >= batch:
+                if isinstance(failure, Exception):
+                    raise failure
+                tokens[0, 1, 2] = failure
+            return tokens
+
+        monkeypatch.setattr(Teacher, "__call__", call)
+
+    return arm
+
+
+def test_a_teacher_that_gives_nan_leaves_the_other_stores_whole_shards(
+    alone: tuple[Path, Files], fail_at: Callable[[int, Exception | float], None], tree_bytes: TreeBytes, tmp_path: Path
+) -> None:
+    data, files = alone
+    plain = ALONE["large"].model_copy(update={"encoding": ALONE["plain"].encoding})
+    stores = [(plain, tmp_path / "large"), (ALONE["tars"], tmp_path / "tars")]
+    fail_at(4, float("nan"))  # two batches a shard: the second one of the second shard
+    with pytest.raises(DecantError, match=r"^teacher 'toy': the teacher gave NaN, infinity .* for 1 of 1 images"):
+        run_together(stores, {"data": data})
+    assert list(committed_shards(tmp_path / "large", load_plan(tmp_path / "large"))) == [0]
+    assert list(committed_shards(tmp_path / "tars", load_plan(tmp_path / "tars"))) == [0, 1]
+    run(ALONE["tars"], {"data": data}, tmp_path / "tars")
+    assert tree_bytes(tmp_path / "tars") == files["tars"]
+
+
+def test_a_teacher_that_fails_is_given_up_and_the_other_store_is_finished(
+    alone: tuple[Path, Files], fail_at: Callable[[int, Exception | float], None], tree_bytes: TreeBytes, tmp_path: Path
+) -> None:
+    data, files = alone
+    plain = ALONE["large"].model_copy(update={"encoding": ALONE["plain"].encoding})
+    stores = [(plain, tmp_path / "large"), (ALONE["tars"], tmp_path / "tars")]
+    fail_at(9, ValueError("out of something"))
+    failed, metrics = run_together(stores, {"data": data})
+    assert isinstance(failed, QuarantineError)
+    assert "2 of 6 shards of" in str(failed)
+    assert "(first: shard 4: RuntimeError: teacher 'toy': ValueError: out of something)" in str(failed)
+    assert isinstance(metrics, dict)
+    assert metrics["shards"] == 6
+    assert tree_bytes(tmp_path / "tars") == files["tars"]
+    assert not (tmp_path / "large" / "manifest.json").exists()
+
+
+def test_unusable_images_are_holes_in_every_store(
+    make_images: Callable[..., Path], make_index: MakeIndex, tree_bytes: TreeBytes, tmp_path: Path
+) -> None:
+    images = make_images("images")
+    (images / "dark" / "003.png").write_bytes(b"no picture")
+    data, _ = make_index(images, eval_fraction=0)
+    names = ["plain", "tars"]
+    outcomes = run_together(targets(tmp_path / "together", names), {"data": data})
+    for name, metrics in zip(names, outcomes, strict=True):
+        assert isinstance(metrics, dict)
+        assert [bad["key"] for bad in metrics["bad_images"]] == ["dark/003.png"]
+        run(ALONE[name], {"data": data}, tmp_path / "alone" / name)
+    assert read_all(tree_bytes, tmp_path / "together", names) == read_all(tree_bytes, tmp_path / "alone", names)
+
+
+# ---- on Ray ----------------------------------------------------------------------------------------------------------
+
+
+class DyingWorker(Worker):
+    """Is killed once, when the first store has its shard 2 and the second one has not."""
+
+    def __call__(self, index: int) -> tuple[ShardEntry, ...]:
+        died = self.stores[0].root.parent / "died"
+        commit = ShardWriter.commit
+
+        def commit_and_die(writer: ShardWriter) -> ShardEntry:
+            entry = commit(writer)
+            if index == 2 and not died.exists():
+                died.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return entry
+
+        ShardWriter.commit = commit_and_die  # type: ignore[method-assign]
+        try:
+            return super().__call__(index)
+        finally:
+            ShardWriter.commit = commit  # type: ignore[method-assign]
+
+
+@pytest.mark.ray
+def test_ray_workers_that_die_between_two_stores_make_the_same_bytes(
+    alone: tuple[Path, Files], tree_bytes: TreeBytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    data, files = alone
+    names = ["plain", "tars"]
+    on_ray = {"executor": "ray", "workers": 2}
+    stores = [
+        (cfg.model_copy(update={"run": cfg.run.model_copy(update=on_ray)}), root)
+        for cfg, root in targets(tmp_path / "ray", names)
+    ]
+    monkeypatch.setattr("extract.run.Worker", DyingWorker)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    try:
+        outcomes = run_together(stores, {"data": data})
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    committed, died = receipt_path(tmp_path / "ray" / "plain", 2), tmp_path / "ray" / "died"
+    assert committed.stat().st_mtime_ns <= died.stat().st_mtime_ns, "the next attempt makes the other store's alone"
+    assert [isinstance(metrics, dict) for metrics in outcomes] == [True, True]
+    assert read_all(tree_bytes, tmp_path / "ray", names) == {name: files[name] for name in names}
