@@ -38,7 +38,7 @@ OPTIONS = $(strip $(call option,preset,PRESET) $(call option,teacher,TEACHER) $(
 	$(call option,executor,EXECUTOR) $(call option,work,WORK) $(if $(filter-out 0 no false,$(FORCE)),--force) $(foreach pair,$(SET),--set $(call quoted,pair)))
 PIPELINE = @$(BIN)/python -m pipeline
 
-STAGE_COMMANDS := demo run plan extract distill finetune evaluate report
+STAGE_COMMANDS := demo run plan precision extract distill finetune evaluate report
 .PHONY: help setup test check fix bench clean $(STAGE_COMMANDS) status verify repair convert upload teachers
 
 help: ## this list
@@ -65,6 +65,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## the whole path on real photographs with a real teacher, on a laptop CPU
 run: setup ## everything that is not up to date
 plan: setup ## what a run would do, and why; nothing is run
+precision: setup ## how far each precision of TEACHER is from float32 on DATA, and how fast it is
 extract: setup ## fill or resume a store: the teacher's tokens of every view
 distill: setup ## a student from the store; again and again from the same store
 finetune: setup ## fine-tune on the labels, from scratch and from the student

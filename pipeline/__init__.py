@@ -11,6 +11,7 @@ provenance.py  who made a result: command, code version, machine
 progress.py    progress on a terminal or in a log file
 demo_data.py   the demo's photographs as a folder of class folders
 teacher_table.py   the table of teachers as text
+precision_table.py  what each precision of a teacher changes
 tables.py      results to a table on the screen
 pictures.py    curves and token pictures for the report
 report.py      the report stage: one self-contained HTML page

@@ -16,6 +16,7 @@ from pipeline.config import PipelineConfig, apply_overrides, parse_assignment
 from pipeline.demo_data import prepare_solar_cells
 from pipeline.named_teachers import SEVERAL, split_teachers, with_others, with_weights
 from pipeline.planning import Plan, make_plan
+from pipeline.precision_table import show_precisions
 from pipeline.presets import PRESETS, load_preset, preset_for_teacher
 from pipeline.progress import show_progress, show_when_slow
 from pipeline.runner import execute
@@ -65,7 +66,11 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(
         [
             click.option("--preset", help=f"Settings to start from: {', '.join(PRESETS)}."),
-            click.option("--teacher", help="A name of `decant teachers`, or several with commas (extract, plan, run)."),
+            click.option(
+                "--teacher",
+                help="A name of `decant teachers`, timm:NAME, open_clip:NAME/TAG or FILE.py; several with commas "
+                "(extract, plan, run).",
+            ),
             click.option(
                 "--weights", help="A local file with the teacher's weights, `random`, or `hub`; one for each teacher."
             ),
@@ -134,6 +139,14 @@ def plan(work: Path, force: bool, **options: Any) -> None:
     show_plan(_make_plan(config, workspace, ALL, ALL if force else ()), ALL)
 
 
+@cli.command(help="How far each precision of a teacher is from float32, and how fast it is; nothing is stored.")
+@_options
+def precision(work: Path, force: bool, **options: Any) -> None:
+    workspace = open_workspace(work)
+    config = resolve_config(workspace, command="precision", **options)
+    show_precisions(_make_plan(config, workspace, (), ()))
+
+
 @cli.command(help="Every store, student and result in the work folder.")
 @click.option("--work", default="runs", show_default=True, type=click.Path(path_type=Path))
 def status(work: Path) -> None:
@@ -144,7 +157,7 @@ for _store_command in STORE_COMMANDS:
     cli.add_command(_store_command)
 
 
-@cli.command(help="The teachers that have a name.")
+@cli.command(help="The teachers by name: what they see and give, what they cost, their licence.")
 def teachers() -> None:
     show_teachers()
 
