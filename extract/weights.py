@@ -53,8 +53,8 @@ def locate_weights(spec: TeacherSpec, override: WeightsSource | None) -> Path | 
         return path
     if spec.weights == "file":
         raise InputError(
-            f"the weights of teacher {spec.name!r} were never published: give your own with WEIGHTS=<file>, or "
-            "WEIGHTS=random to see what it costs"
+            f"the weights of teacher {spec.name!r} cannot be downloaded from anywhere: give a file with "
+            "WEIGHTS=<file>, or WEIGHTS=random to see what it costs"
         )
     if not spec.weights.startswith("package:"):
         return None
