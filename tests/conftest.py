@@ -18,10 +18,19 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("decant", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines are busy
 settings.load_profile("decant")
 
-pytest_plugins = [
-    f"tests.fixtures.{name}"
-    for name in "images stores runs tars any_store whole_store together folder_server object_server".split()
-]
+_TOPICS = (
+    "images",
+    "stores",
+    "runs",
+    "tars",
+    "any_store",
+    "whole_store",
+    "together",
+    "jobs",
+    "folder_server",
+    "object_server",
+)
+pytest_plugins = [f"tests.fixtures.{topic}" for topic in _TOPICS]
 
 
 @pytest.fixture

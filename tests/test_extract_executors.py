@@ -1,102 +1,29 @@
 """Who carries out jobs, and what happens to those that fail: in this process, and on Ray with workers that die."""
 
-import contextlib
-import itertools
 import json
 import os
-import signal
-import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from extract.cluster import FailedJob, run_jobs
+from extract.cluster import FailedJob
 from extract.config import ExecutionConfig
 from storage.errors import ConfigError, DecantError, InputError
 from storage.records import ShardEntry
 from storage.stage import Interrupted, StopRequest
-
-Act = Callable[[int, int, Path], None]
-"""What a worker does for (job, attempt, folder) before it returns."""
-
-
-def entry_of(job: int) -> ShardEntry:
-    return ShardEntry(store="", index=job, num_images=1, num_records=1, files=(), record_crc32c="")
-
-
-class Worker:
-    """Notes every attempt in a file of its own, then does as it was told."""
-
-    def __init__(self, folder: Path, act: Act) -> None:
-        self.folder, self.act = folder, act
-
-    def __call__(self, job: int) -> ShardEntry:
-        attempt = take_number(self.folder, f"job-{job}")
-        self.act(job, attempt, self.folder)
-        (self.folder / f"done-{job}").write_text(str(os.getpid()))
-        return entry_of(job)
-
-
-def take_number(folder: Path, name: str) -> int:
-    """1, then 2, and so on, whichever process asks."""
-    for number in itertools.count(1):
-        with contextlib.suppress(FileExistsError):
-            (folder / f"{name}.{number}").touch(exist_ok=False)
-            return number
-    raise AssertionError
-
-
-def attempts(folder: Path) -> Counter[int]:
-    """How often each job was begun."""
-    return Counter(int(path.stem.removeprefix("job-")) for path in folder.glob("job-*.*"))
-
-
-def find_done(folder: Path, job: int) -> ShardEntry | None:
-    return entry_of(job) if (folder / f"done-{job}").exists() else None
-
-
-def carry_out(
-    folder: Path, act: Act, jobs: int, cfg: ExecutionConfig, make: Callable[[Path], Worker] | None = None,
-    stop: StopRequest | None = None,
-) -> list[ShardEntry | FailedJob]:  # fmt: skip
-    make_worker = partial(make or partial(Worker, act=act), folder)
-    stop = StopRequest() if stop is None else stop
-    return list(run_jobs(range(jobs), make_worker, cfg, find_committed=partial(find_done, folder), stop=stop))
+from tests.fixtures.jobs import Worker, attempts, carry_out, entry_of, fail_sometimes, on_ray, take_number
 
 
 def work(job: int, attempt: int, folder: Path) -> None:
     pass
 
 
-def fail_sometimes(job: int, attempt: int, folder: Path) -> None:
-    if job == 1 or (job == 3 and attempt < 3):
-        raise ValueError(f"no luck with {job}\nand a story")
-
-
 def refuse(job: int, attempt: int, folder: Path) -> None:
     if job == 2:
         raise InputError("image 'a/1.png' has changed")
-
-
-@pytest.fixture(scope="module")
-def ray_session() -> Iterator[None]:
-    """One small Ray for all tests of this file; it believes in a GPU."""
-    import ray
-
-    handler = signal.getsignal(signal.SIGTERM)
-    ray.init(
-        address="local", num_cpus=2, num_gpus=1, include_dashboard=False, object_store_memory=100 * 2**20,
-        log_to_driver=False, logging_level="ERROR",
-    )  # fmt: skip
-    signal.signal(signal.SIGTERM, handler)
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(params=["inline", pytest.param("ray", marks=pytest.mark.ray)])
@@ -136,60 +63,9 @@ def test_a_worker_that_cannot_be_made_for_a_known_reason_says_so(cfg: ExecutionC
     assert len(list(tmp_path.glob("made.*"))) == 1
 
 
-# ---- several at a time -----------------------------------------------------------------------------------------------
-
-
-class Parallel(Worker):
-    """Takes three jobs at a time."""
-
-    jobs_at_a_time = 3
-
-
-def meet_others(job: int, attempt: int, folder: Path) -> None:
-    """Wait until three jobs are at work."""
-    (folder / f"at-work-{job}").touch()
-    deadline = time.monotonic() + 30
-    while len(list(folder.glob("at-work-*"))) < 3 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert len(list(folder.glob("at-work-*"))) >= 3
-
-
-def test_a_worker_may_take_several_jobs_at_a_time(tmp_path: Path) -> None:
-    cfg = ExecutionConfig(executor="inline")
-    outcomes = carry_out(tmp_path, meet_others, 7, cfg, partial(Parallel, act=meet_others))
-    assert outcomes == [entry_of(job) for job in range(7)]
-    assert attempts(tmp_path) == dict.fromkeys(range(7), 1)
-
-
-def test_failures_of_jobs_side_by_side_are_told_apart(tmp_path: Path) -> None:
-    cfg = ExecutionConfig(executor="inline")
-    outcomes = carry_out(tmp_path, fail_sometimes, 5, cfg, partial(Parallel, act=fail_sometimes))
-    assert attempts(tmp_path) == {0: 1, 1: 3, 2: 1, 3: 3, 4: 1}
-    assert sorted(map(str, outcomes)) == sorted(
-        map(str, [entry_of(0), FailedJob(1, "ValueError: no luck with 1"), entry_of(2), entry_of(3), entry_of(4)])
-    )
-
-
-def test_a_stop_ends_jobs_side_by_side(tmp_path: Path) -> None:
-    stop, cfg = StopRequest(), ExecutionConfig(executor="inline")
-
-    def ask(job: int, attempt: int, folder: Path) -> None:
-        if job == 4:
-            stop.signal_name = "SIGTERM"
-
-    with pytest.raises(Interrupted):
-        carry_out(tmp_path, ask, 50, cfg, partial(Parallel, act=ask), stop=stop)
-    assert len(attempts(tmp_path)) < 12
-    assert len(list(tmp_path.glob("done-*"))) == len(attempts(tmp_path)), "what was begun is finished"
-
-
 # ---- Ray -------------------------------------------------------------------------------------------------------------
 
 RAY = ExecutionConfig(executor="ray", workers=1, device="cpu")
-
-
-def on_ray(test: Callable[..., None]) -> Callable[..., None]:
-    return pytest.mark.ray(pytest.mark.usefixtures("ray_session")(test))
 
 
 def die(job: int, attempt: int, folder: Path) -> None:
@@ -292,28 +168,6 @@ def test_one_worker_a_gpu(tmp_path: Path) -> None:
     carry_out(tmp_path, note_gpus, 4, ExecutionConfig(executor="ray"))
     assert [path.name for path in tmp_path.glob("gpus-*")] == ["gpus-0"]
     assert len({path.read_text() for path in tmp_path.glob("done-*")}) == 1
-
-
-def kill_side_by_side(job: int, attempt: int, folder: Path) -> None:
-    """Three are at work; then one of them kills their process whenever it is tried."""
-    if job < 3:
-        meet_others(job, attempt, folder)
-    if job == 2:
-        time.sleep(0.3)
-        os._exit(139)
-    if job < 2:
-        time.sleep(1.5)
-
-
-@on_ray
-def test_of_jobs_side_by_side_on_a_gpu_only_the_one_that_kills_is_given_up(tmp_path: Path) -> None:
-    """Even with a single attempt: those that were there are tried again one by one."""
-    cfg = ExecutionConfig(executor="ray", max_attempts=1)
-    outcomes = carry_out(tmp_path, kill_side_by_side, 6, cfg, partial(Parallel, act=kill_side_by_side))
-    assert [outcome.job for outcome in outcomes if isinstance(outcome, FailedJob)] == [2]
-    entries = [outcome for outcome in outcomes if isinstance(outcome, ShardEntry)]
-    assert sorted(entry.index for entry in entries) == [0, 1, 3, 4, 5]
-    assert attempts(tmp_path) == {0: 2, 1: 2, 2: 2, 3: 1, 4: 1, 5: 1}
 
 
 @on_ray
