@@ -1,4 +1,4 @@
-"""Extraction of a ViT-S/16's tokens, from files to committed shards, against the bare forward pass of the same batch."""
+"""Extraction of a ViT-S/16's tokens, from files to committed shards, against the bare forward pass of the batches."""
 
 import itertools
 import os
