@@ -24,7 +24,7 @@ def test_its_classifier_behind_our_pixels_knows_at_least_17_of_20() -> None:
     spec = find_teacher("efficientnet-lite0")
     teacher = load_teacher(spec, device="cpu")
     module: Any = teacher.module
-    sampler, renderer = CentreCrop(), Renderer()
+    sampler, renderer = CentreCrop(), Renderer(kernel="bicubic")  # its own evaluation: 18; with bilinear 17
     views, labels = [], []
     for path in PICTURES:
         image = decode_image(path.read_bytes())
