@@ -58,4 +58,5 @@ def _measured_view_bytes(teacher: Teacher) -> int:
         torch.cuda.reset_peak_memory_stats(teacher.device)
         teacher(torch.zeros(count, px, px, 3, dtype=torch.uint8))
         peaks.append(torch.cuda.max_memory_allocated(teacher.device))
+    torch.cuda.empty_cache()  # another teacher may be measured next
     return max(1, (peaks[1] - peaks[0]) // 4)
