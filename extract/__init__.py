@@ -20,6 +20,7 @@ teacher.py     a frozen teacher: pixels to tokens, in a precision
 precision.py   how far its fast path is from float32
 measure.py     what each precision changes, and how fast it is
 batch_size.py  how many views go through it at a time
+free_memory.py how much memory there still is
 whiten.py      whitening of a batch: layer_norm, mean_std, pca, none
 sample.py      a sample of views, to learn from
 fit.py         what whitening learns from a sample of views

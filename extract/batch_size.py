@@ -1,9 +1,8 @@
 """How many views go through a teacher at a time, where nobody has said it."""
 
-import os
-
 import torch
 
+from extract.free_memory import free_memory_bytes
 from extract.teacher import Teacher
 
 _MOST = {"cpu": 32, "cuda": 512}
@@ -13,31 +12,32 @@ _SHARE = 0.7
 _LIVE_COPIES = 24
 """Estimate of how many float32 arrays as large as a layer's tokens live at once on a CPU: queries, keys, values, the
 MLP's hidden layer, and what the allocator has not given back."""
+_HEAD_CHANNELS, _ATTENTION_COPIES = 64, 2
+"""Of a layer whose attention is written out, scores and biases; it outweighs all else from about 3,000 tokens on."""
 
 
-def choose_batch_size(teacher: Teacher, wanted: int = 0) -> int:
+def choose_batch_size(teacher: Teacher, wanted: int = 0, sharers: int = 1) -> int:
     """`wanted`, or as many views as the free memory holds well: measured on a GPU, estimated on a CPU.
 
     A power of two, so that machines of one kind choose alike.
+
+    Args:
+        sharers: processes on this machine that choose at the same moment; each has a GPU of its own.
     """
     if wanted:
         return wanted
-    if teacher.device.type == "cuda":
-        free_bytes, view_bytes = torch.cuda.mem_get_info(teacher.device)[0], _measured_view_bytes(teacher)
-    else:
-        free_bytes, view_bytes = free_memory_bytes(), _estimated_view_bytes(teacher)
-    return fitting(free_bytes, view_bytes, _MOST[teacher.device.type])
+    most = _MOST[teacher.device.type]
+    if teacher.device.type == "cpu":
+        return fitting(free_memory_bytes() // sharers, _estimated_view_bytes(teacher), most)
+    view_bytes = _measured_view_bytes(teacher)
+    torch.cuda.empty_cache()  # memory that is only kept for later is free
+    return fitting(torch.cuda.mem_get_info(teacher.device)[0], view_bytes, min(most, teacher.most_views))
 
 
 def fitting(free_bytes: int, view_bytes: int, most: int) -> int:
     """The largest power of two that fits into the free memory, 1 at least, `most` at most."""
     room = min(most, int(free_bytes * _SHARE) // max(1, view_bytes))
     return 1 << max(0, room.bit_length() - 1)
-
-
-def free_memory_bytes() -> int:
-    """Memory that the system could still give."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _estimated_view_bytes(teacher: Teacher) -> int:
@@ -48,7 +48,8 @@ def _estimated_view_bytes(teacher: Teacher) -> int:
     if spec.stage_channels:
         first_px = spec.patch_px / 2 ** spec.stage_channels.index(spec.channels)
         values.append(int((spec.input_px / first_px) ** 2) * spec.stage_channels[0])
-    return 4 * _LIVE_COPIES * max(values)
+    attention_bytes = 4 * _ATTENTION_COPIES * tokens**2 * -(-channels // _HEAD_CHANNELS)
+    return max(4 * _LIVE_COPIES * max(values), attention_bytes)
 
 
 def _measured_view_bytes(teacher: Teacher) -> int:
@@ -58,5 +59,4 @@ def _measured_view_bytes(teacher: Teacher) -> int:
         torch.cuda.reset_peak_memory_stats(teacher.device)
         teacher(torch.zeros(count, px, px, 3, dtype=torch.uint8))
         peaks.append(torch.cuda.max_memory_allocated(teacher.device))
-    torch.cuda.empty_cache()  # another teacher may be measured next
     return max(1, (peaks[1] - peaks[0]) // 4)

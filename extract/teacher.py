@@ -1,15 +1,18 @@
 """A frozen teacher: uint8 pixels in, float32 tokens out, in the precision that was asked for."""
 
+import os
+import sys
+
 import torch
 from torch import Tensor, nn
 
 from extract.built import Forward
 from extract.spec import TeacherSpec
 from extract.weights import tensor_fingerprint
-from storage.errors import ConfigError, InputError
+from storage.errors import ConfigError, InputError, first_line
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Of matrix products and convolutions. Norms and softmax are in float32 whatever this says (torch's autocast)."""
+"""Of matrix products and convolutions (torch's autocast, which on a GPU keeps layer norms and softmax in float32)."""
 
 
 class Teacher:
@@ -17,13 +20,14 @@ class Teacher:
 
     Args:
         forward: the tap.
-        is_compiled: let torch.compile make the forward pass; the first batch then takes minutes.
+        is_compiled: let torch.compile make the forward pass; the first batches then take minutes.
     """
 
     def __init__(
         self, spec: TeacherSpec, module: nn.Module, forward: Forward, device: torch.device, *,
         precision: str = "float32", is_compiled: bool = False, channels_last: bool = True,
     ) -> None:  # fmt: skip
+        _make_float32_exact()
         self.spec, self.device, self.precision = spec, device, precision
         self.features = spec.feature_spec()
         self.fingerprint = tensor_fingerprint(module.state_dict())
@@ -34,6 +38,7 @@ class Teacher:
         self._plain, self._fast = forward, torch.compile(forward) if is_compiled else forward
         self.is_exact = precision == "float32" and not is_compiled
         """Whether `in_float32` would give the same."""
+        self._most_views = dict.fromkeys(PRECISIONS, sys.maxsize)
         self._mean = torch.tensor(spec.mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(spec.std, device=device).view(1, 3, 1, 1)
 
@@ -41,23 +46,13 @@ class Teacher:
     def __call__(self, pixels_BHWC: Tensor) -> Tensor:
         """Tokens of uint8 views of side `spec.input_px`: (B, T, C) float32, prefix tokens first, then the grid by rows.
 
-        A batch that the GPU has no memory for is done in two halves.
+        A batch that the GPU has no memory for is done in parts, and so are those that come after it.
 
         Raises:
-            ConfigError: the teacher gives tokens of another shape than its row says.
+            ConfigError: the teacher gives tokens of another shape than its row says, or cannot be compiled.
             InputError: one view alone does not fit into the GPU's memory.
         """
-        try:
-            tokens_BTC = self._tokens(pixels_BHWC, self._fast, self.precision)
-        except torch.OutOfMemoryError as error:
-            count = len(pixels_BHWC)
-            if count == 1:
-                raise InputError(
-                    f"teacher {self.spec.name!r} does not fit into the memory of {self.device} with one view of "
-                    f"{self.spec.input_px} px in {self.precision}; use another GPU, or a lower extract.precision"
-                ) from error
-            torch.cuda.empty_cache()
-            return torch.cat([self(pixels_BHWC[: count // 2]), self(pixels_BHWC[count // 2 :])])
+        tokens_BTC = self._in_parts(pixels_BHWC, self._fast, self.precision)
         if tokens_BTC.shape[1:] != self.features.shape_TC:
             raise ConfigError(
                 f"teacher {self.spec.name!r} gave tokens {tuple(tokens_BTC.shape[1:])} at {self.spec.input_px} px, "
@@ -69,7 +64,49 @@ class Teacher:
     @torch.inference_mode()
     def in_float32(self, pixels_BHWC: Tensor) -> Tensor:
         """The same tokens by the plain forward pass in float32: what the fast path is compared with."""
-        return self._tokens(pixels_BHWC, self._plain, "float32")
+        return self._in_parts(pixels_BHWC, self._plain, "float32")
+
+    @property
+    def most_views(self) -> int:
+        """That went through the fast path at a time, where the GPU had no memory for more."""
+        return self._most_views[self.precision]
+
+    def _in_parts(self, pixels_BHWC: Tensor, forward: Forward, precision: str) -> Tensor:
+        parts: list[Tensor] = []
+        first = 0
+        while first < len(pixels_BHWC):
+            part = pixels_BHWC[first : first + self._most_views[precision]]
+            tokens_BTC = self._tokens_if_they_fit(part, forward, precision)
+            if tokens_BTC is not None:
+                parts.append(tokens_BTC)
+                first += len(part)
+                continue
+            if len(part) == 1:
+                raise InputError(
+                    f"teacher {self.spec.name!r} does not fit into the memory of {self.device} with one view of "
+                    f"{self.spec.input_px} px in {precision}; use another GPU, a lower extract.precision or a smaller "
+                    "extract.input_px"
+                )
+            torch.cuda.empty_cache()
+            self._most_views[precision] = (len(part) + 1) // 2
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _tokens_if_they_fit(self, pixels_BHWC: Tensor, forward: Forward, precision: str) -> Tensor | None:
+        """None where memory ran out. What the attempt held is free only when this has returned: an exception keeps the
+        frames that it came through alive."""
+        try:
+            return self._tokens(pixels_BHWC, forward, precision)
+        except torch.OutOfMemoryError:
+            return None
+        except RuntimeError as error:
+            if "CUBLAS_STATUS_ALLOC_FAILED" in str(error):  # out of memory by another name
+                return None
+            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise ConfigError(
+                    f"torch.compile cannot make the forward pass of teacher {self.spec.name!r}: {first_line(error)}; "
+                    "set extract.run.compile=false"
+                ) from error
+            raise
 
     def _tokens(self, pixels_BHWC: Tensor, forward: Forward, precision: str) -> Tensor:
         images_BCHW = pixels_BHWC.to(self.device).permute(0, 3, 1, 2).float().div_(255)
@@ -96,9 +133,19 @@ def choose_precision(name: str, device: str) -> str:
     """`auto` is float16 on a GPU, as in the paper's code, and float32 on a CPU.
 
     Args:
-        device: as in the settings; a driver without a GPU may direct workers that have one.
+        device: as in the settings.
+
+    Raises:
+        ConfigError: a GPU was asked for and there is none.
     """
     if name != "auto":
         return name
-    is_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    return "float16" if is_gpu else "float32"
+    return "float16" if choose_device(device).type == "cuda" else "float32"
+
+
+def _make_float32_exact() -> None:
+    """Without this, convolutions on a GPU are in TF32 by default, with ten bits of mantissa, and in some containers
+    matrix products too: a store that says float32 would hold something else."""
+    os.environ.pop("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False

@@ -189,7 +189,7 @@ class Worker:
         self.stores = [  # batch sizes are chosen when all teachers have their memory
             OpenStore(
                 target.root, plan, teacher, Whitener.of_store(target.root, plan, teacher.device),
-                choose_batch_size(teacher, target.cfg.run.batch_size), turn,
+                choose_batch_size(teacher, target.cfg.run.batch_size, _workers_here(cfg)), turn,
             )
             for target, plan, teacher in loaded
         ]  # fmt: skip
@@ -208,7 +208,7 @@ def _load(cfg: ExtractConfig, plan: StorePlan) -> Teacher:
     """The teacher that a store is made with.
 
     Raises:
-        ConfigError: its weights are others here.
+        ConfigError: its weights, or what else decides its tokens, are others here.
     """
     teacher = load_teacher(
         resolve_teacher(cfg), weights=cfg.weights, device=cfg.run.device, precision=plan.teacher["precision"],
@@ -219,4 +219,19 @@ def _load(cfg: ExtractConfig, plan: StorePlan) -> Teacher:
             f"this worker's weights of {cfg.teacher!r} are {teacher.fingerprint}, the store's are "
             f"{plan.teacher_fingerprint}; give every machine the same weights file"
         )
+    found = teacher.spec.identity() | {"precision": teacher.precision}
+    if found != plan.teacher:
+        changed = [name for name in sorted({*found, *plan.teacher}) if found.get(name) != plan.teacher.get(name)]
+        listed = "; ".join(f"{name} is {found.get(name)}, the store's is {plan.teacher.get(name)}" for name in changed)
+        raise ConfigError(
+            f"this worker's teacher {cfg.teacher!r} is not the one that the store was begun with: {listed}; give every "
+            "machine the same files and the same versions of the libraries, or begin another store"
+        )
     return teacher
+
+
+def _workers_here(cfg: ExtractConfig) -> int:
+    """Processes that share this machine's memory, as far as the settings tell."""
+    if cfg.run.executor == "inline":
+        return 1
+    return cfg.run.workers or max(1, min(8, len(os.sched_getaffinity(0)) // cfg.run.threads))

@@ -72,3 +72,8 @@ def look_up(kind: str, name: str, table: Mapping[str, Row]) -> Row:
     if name not in table:
         raise unknown_name(kind, name, table)
     return table[name]
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, short enough to stand in ours; its class where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

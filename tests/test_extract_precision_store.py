@@ -12,7 +12,8 @@ from extract.backends import load_teacher
 from extract.config import ExecutionConfig, ExtractConfig
 from extract.measure import measure
 from extract.run import run
-from extract.teachers import find_teacher
+from extract.teachers import TEACHERS, find_teacher
+from extract.worker import Target, Worker
 from storage.decode import decode_image
 from storage.errors import ConfigError
 from storage.reader import open_store
@@ -80,3 +81,18 @@ def test_every_precision_is_measured_on_the_same_views(make_index: Callable[...,
     assert exact.worst_cosine == 1
     assert brain.worst_cosine < half.worst_cosine < 1, "float16 has eight times the resolution"
     assert all(row.views_per_second > 0 and row.batch_size == 32 for row in found)
+
+
+def test_a_worker_whose_teacher_is_another_stops(
+    make_index: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are the same, but not what is done with them: another version of a library, or of a user's file."""
+    data, _ = make_index()
+    run(CFG, {"data": data}, tmp_path / "store")
+    Worker([Target(CFG, tmp_path / "store")], data)
+    changed = find_teacher("toy").model_copy(update={"mean": (0.5, 0.5, 0.5)})
+    monkeypatch.setitem(TEACHERS, "toy", changed)
+    with pytest.raises(
+        ConfigError, match=r"'toy' is not the one .*: mean is \[0\.5, 0\.5, 0\.5\], the store's is \[0\.48"
+    ):
+        Worker([Target(CFG, tmp_path / "store")], data)
