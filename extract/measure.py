@@ -54,7 +54,10 @@ def measure(cfg: ExtractConfig, data: Path, precisions: Iterable[Precision], num
             iter_sample_views(plan_before_fit(cfg, images, teacher), images, spec.input_px, num_views)
         )
         batch_size = choose_batch_size(teacher, cfg.run.batch_size)
-        yield Measured(compare_with_float32(teacher, views), _views_per_second(teacher, views, batch_size), batch_size)
+        agreement = compare_with_float32(teacher, views)
+        yield Measured(agreement, _views_per_second(teacher, views, batch_size), batch_size)
+        del teacher  # before the next one is loaded
+        torch.cuda.empty_cache()
 
 
 def _views_per_second(teacher: Teacher, views: Sequence[SampleViews], batch_size: int) -> float:
@@ -63,7 +66,7 @@ def _views_per_second(teacher: Teacher, views: Sequence[SampleViews], batch_size
     pixels_BHWC = pixels_BHWC.repeat(-(-batch_size // len(pixels_BHWC)), 1, 1, 1)[:batch_size]
     teacher(pixels_BHWC).sum().item()  # warms up
     count, started = 0, time.perf_counter()
-    while time.perf_counter() - started < _LEAST_SECONDS:
+    while count == 0 or time.perf_counter() - started < _LEAST_SECONDS:
         teacher(pixels_BHWC).sum().item()  # waits for the GPU
         count += batch_size
     return count / (time.perf_counter() - started)
