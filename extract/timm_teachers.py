@@ -113,6 +113,8 @@ def fit_of(module: nn.Module, model: str) -> Callable[[State], State]:
 
     def fit(state: State) -> State:
         _refuse_lost_biases(state, module, model)
+        if not model.startswith("flexivit"):  # which is made for any patches
+            _refuse_other_patches(state, module)
         fitted, wanted = convert(state, module, **arguments), module.state_dict()
         return {
             name: tensor
@@ -139,6 +141,22 @@ def _refuse_lost_biases(state: State, module: nn.Module, model: str) -> None:
                 raise InputError(
                     f"{name} is not zero, but {model} has no such bias; use timm:{architecture}_qkvb if timm has it"
                 )
+
+
+def _refuse_other_patches(state: State, module: nn.Module) -> None:
+    """timm resamples a patch embedding to the network's patch size, as it does for another grid. But a network that was
+    trained on other patches is another network: DINO publishes 8 x 8 beside 16 x 16, alike in all other shapes.
+
+    Raises:
+        InputError: says both sizes.
+    """
+    name = "patch_embed.proj.weight"
+    found, wanted = state.get(name), dict(module.named_parameters()).get(name)
+    if found is None or wanted is None or found.ndim != 4 or wanted.ndim != 4:
+        return
+    if found.shape[2:] != wanted.shape[2:]:
+        sizes = [" x ".join(map(str, tensor.shape[2:])) for tensor in (found, wanted)]
+        raise InputError(f"its patches are {sizes[0]} px, expected {sizes[1]}: it is another network's file")
 
 
 def _conversion_arguments(model: str, align_corners: Iterable[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from storage.errors import DecantError
+from storage.errors import InputError
 from storage.files import LocalFiles
 from storage.records import StorePlan
 from storage.whitening import NO_STATISTICS, LayerNorm, MeanStd, Pca, Statistics, Whitening, load_statistics
@@ -52,7 +52,7 @@ class Whitener:
             keys: the image of each row, for the error.
 
         Raises:
-            DecantError: the teacher gave a value that is not finite, or too large: for a float32 variance, or for
+            InputError: the teacher gave a value that is not finite, or too large: for a float32 variance, or for
                 float16 once it is whitened.
         """
         raw_BTC = tokens_BTC.float()
@@ -96,7 +96,7 @@ def refuse_rows(is_bad: Tensor, keys: Sequence[str], what: str) -> None:
         is_bad: (B, ...).
 
     Raises:
-        DecantError: names the images.
+        InputError: names the images.
     """
     if not is_bad.any():
         return
@@ -104,6 +104,6 @@ def refuse_rows(is_bad: Tensor, keys: Sequence[str], what: str) -> None:
     remedy = "look at these images, and at the teacher's weights and precision"
     if what != NOT_FINITE:
         remedy = "whiten each token by itself (WHITENING=layer_norm), which any magnitude survives"
-    raise DecantError(
+    raise InputError(
         f"the teacher gave {what} for {len(bad)} of {len(set(keys))} images of a batch ({', '.join(bad[:5])}); {remedy}"
     )

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from extract.whiten import Whitener
-from storage.errors import DecantError
+from storage.errors import InputError
 from storage.whitening import LayerNorm, MeanStd, NoWhitening, Pca, Whitening
 from tests.fixtures.whitenings import MADE_UP
 
@@ -86,7 +86,7 @@ def test_what_cannot_be_whitened_is_refused_with_the_image(value: float) -> None
     """1e30 is finite but its variance is not: it would silently become zero."""
     tokens = make_tokens()
     tokens[2, 4, 7] = value
-    with pytest.raises(DecantError, match=r"1 of 2 images of a batch \(b/1\.png\)"):
+    with pytest.raises(InputError, match=r"1 of 2 images of a batch \(b/1\.png\)"):
         whiten(tokens, KEYS)
 
 
@@ -146,7 +146,7 @@ def _as_fitted(whitening: Whitening) -> Whitening:
 def test_what_is_not_finite_is_refused_by_all(kind: str, value: float) -> None:
     tokens = make_narrow()
     tokens[0, 0, 0] = value
-    with pytest.raises(DecantError, match=r"NaN, infinity .* 1 of 2 images of a batch \(a/0\.png\); look at these"):
+    with pytest.raises(InputError, match=r"NaN, infinity .* 1 of 2 images of a batch \(a/0\.png\); look at these"):
         whitener_of(kind)(tokens, KEYS)
 
 
@@ -155,7 +155,7 @@ def test_what_float16_cannot_hold_is_refused_with_what_to_do(kind: str) -> None:
     tokens = make_narrow()
     tokens[2, 1] = 1e6
     with pytest.raises(
-        DecantError, match=rf"beyond float16 as {kind} leaves them for 1 .* \(b/1\.png\).*=layer_norm\)"
+        InputError, match=rf"beyond float16 as {kind} leaves them for 1 .* \(b/1\.png\).*=layer_norm\)"
     ):
         whitener_of(kind)(tokens, KEYS)
     whitener_of("layer_norm")(tokens, KEYS)
