@@ -97,8 +97,8 @@ def next_shards(folder: Path, data: Path, layout: str) -> Callable[[], None]:
     """Each call extracts and commits one more shard of a store."""
     cfg, root = settings(layout), folder / layout
     images = load_index(data).split("train")
-    plan, statistics = build_plan(cfg, images, root)
-    create_store(root, plan, images, statistics)
+    planned = build_plan(cfg, images, root)
+    create_store(root, planned.plan, images, planned.statistics)
     worker, shards = Worker([Target(cfg, root)], data), itertools.count()
 
     def run() -> None:
