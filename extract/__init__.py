@@ -7,12 +7,13 @@ resolve.py     the teacher that settings ask for
 weights.py     where a teacher's weights come from, and their fingerprint
   checkpoints.py         the upstreams' file formats
   torchscript.py         OpenAI's TorchScript archives, read as data
-  inert_pickle.py        the structure of such an archive, with nothing that could run
+  inert_pickle.py        the structure of torch's files, with nothing that could run
   hub.py                 files of the hub: from its cache, or downloaded, or one line that says why not
 backends.py    a teacher's row of data to a module that gives tokens, by its library's builder:
   timm_teachers.py       timm's networks
   open_clip_teachers.py  open_clip's image towers
   file_teachers.py       a network from a Python file of the user's own
+  beside.py              the modules beside such a file
   toy.py                 a tiny network for tests
   built.py               what a builder gives: a module, its tap, how files are fitted to it
   cost.py                parameters and operations of a network, counted without memory

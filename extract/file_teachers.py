@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
+from extract.beside import Beside, modules_beside
 from extract.built import Built
 from extract.spec import TeacherSpec
 from storage.errors import ConfigError, InputError
 from storage.fingerprint import digest_file, digest_parts, short
+from storage.schema import first_problem
 
 DEFAULT_FUNCTION = "teacher"
 
@@ -32,8 +35,11 @@ class _Source(NamedTuple):
         return cls(Path(f"{file}.py" if function else name).expanduser(), function or DEFAULT_FUNCTION)
 
     def digest(self) -> str:
-        """Of the file's bytes and the function's name."""
-        return digest_parts([digest_file(self.path).encode(), self.function.encode()])
+        """Of the file's bytes, the function's name, and the modules beside the file that it imports."""
+        beside = sorted(modules_beside(self.path).items())
+        parts = [digest_file(self.path), self.function]
+        parts += [part for name, path in beside for part in (name, digest_file(path))]
+        return digest_parts([part.encode() for part in parts])
 
 
 def describe(name: str) -> TeacherSpec:
@@ -51,7 +57,7 @@ def describe(name: str) -> TeacherSpec:
 
 @functools.lru_cache(maxsize=8)
 def _describe(source: _Source, digest: str) -> TeacherSpec:
-    spec = _make(source)[1]
+    spec = _make(source, Beside(source.path))[1]
     return spec.model_copy(update={"library": "python", "code_digest": digest})
 
 
@@ -65,14 +71,16 @@ def build(spec: TeacherSpec) -> Built:
     found = source.digest()
     if found != spec.code_digest:
         raise ConfigError(
-            f"{source.path} is {short(found)}, expected {short(spec.code_digest)}: it was changed while it was in use; "
-            "give the command again"
+            f"{source.path} is {short(found)}, expected {short(spec.code_digest)}: it, or a file beside it that it "
+            "imports, was changed while it was in use; give the command again"
         )
-    module = _make(source)[0]
+    beside = Beside(source.path)
+    module = _make(source, beside)[0]
 
     def forward(images_BCHW: Tensor) -> Tensor:
         try:
-            tokens_BTC: Tensor = module(images_BCHW)
+            with beside.importable():
+                tokens_BTC: Tensor = module(images_BCHW)
         except torch.OutOfMemoryError:
             raise  # is answered with a smaller batch
         except Exception as error:
@@ -93,16 +101,17 @@ def build(spec: TeacherSpec) -> Built:
     return Built(module, forward)
 
 
-def _make(source: _Source) -> tuple[nn.Module, TeacherSpec]:
+def _make(source: _Source, beside: Beside) -> tuple[nn.Module, TeacherSpec]:
     where = f"{source.path}:{source.function}"
-    function = getattr(_run_file(source.path), source.function, None)
+    function = getattr(_run_file(source.path, beside), source.function, None)
     if not callable(function):
         raise ConfigError(
             f"{source.path} has no function {source.function!r}; define `def {source.function}()` that returns "
             "(module, TeacherSpec), or name yours: TEACHER=FILE.py:function"
         )
     try:
-        made = function()
+        with beside.importable():
+            made = function()
     except Exception as error:
         raise ConfigError(f"{where} failed: {_where_it_failed(error, source.path)}") from error
     if not (isinstance(made, tuple) and len(made) == 2):
@@ -119,22 +128,19 @@ def _make(source: _Source) -> tuple[nn.Module, TeacherSpec]:
     return module, spec
 
 
-def _run_file(path: Path) -> Any:
-    """The file as a module. Files beside it can be imported, as in a script."""
+def _run_file(path: Path, beside: Beside) -> Any:
+    """The file as a module."""
     name = f"teacher_file_{path.stem}"
     found = importlib.util.spec_from_file_location(name, path)
     if found is None or found.loader is None:
         raise ConfigError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module  # dataclasses and pickle look their module up
-    folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)
     try:
-        found.loader.exec_module(module)
+        with beside.importable():
+            found.loader.exec_module(module)
     except Exception as error:
         raise ConfigError(f"{path} cannot be imported: {_where_it_failed(error, path)}") from error
-    finally:
-        sys.path.remove(folder)
     return module
 
 
@@ -142,5 +148,5 @@ def _where_it_failed(error: Exception, path: Path) -> str:
     """One line: the error, and the last line of the user's file that it came through."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
-    first = (str(error).splitlines() or [""])[0]
+    first = first_problem(error) if isinstance(error, ValidationError) else (str(error).splitlines() or [""])[0]
     return f"{type(error).__name__}: {first}" + (f" (line {line} of {path})" if line else "")

@@ -156,13 +156,6 @@ def test_random_weights_of_such_a_file_are_the_same_in_every_process(tmp_path: P
     assert load_teacher(identify_teacher(str(path)), device="cpu").fingerprint == first
 
 
-def test_files_beside_it_can_be_imported(tmp_path: Path) -> None:
-    write(tmp_path, readme_file(), "network_of_mine.py")
-    path = write(tmp_path, "from network_of_mine import teacher as make\n")
-    assert identify_teacher(f"{path}:make").channels == 64
-    assert str(tmp_path) not in sys.path
-
-
 SPEC = "from extract.spec import TeacherSpec\nimport torch\n"
 
 
@@ -177,7 +170,10 @@ SPEC = "from extract.spec import TeacherSpec\nimport torch\n"
         ("def teacher():\n    return 1", r":teacher returned int, expected \(module, TeacherSpec\)"),
         ("def teacher():\n    return 1, 2", r":teacher returned \(int, int\), expected \(torch.nn.Module, "),
         ("def teacher(name):\n    return 1", "failed: TypeError: .*missing 1 required positional argument"),
-        (SPEC + "def teacher():\n    return torch.nn.Identity(), TeacherSpec(name='x')", "ValidationError: .*line 4"),
+        (
+            SPEC + "def teacher():\n    return torch.nn.Identity(), TeacherSpec(name='x')",
+            r"ValidationError: input_px: Field required \(and 2 more\) \(line 4 of ",
+        ),
         (
             SPEC + "def teacher():\n    return torch.nn.Identity(), "
             "TeacherSpec(name='x', input_px=32, patch_px=8, channels=3, weights='hub')",
