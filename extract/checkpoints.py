@@ -4,19 +4,21 @@ Nothing in a file is ever executed: safetensors, TorchScript archives read as da
 loader for weights only.
 """
 
-import argparse
-import re
+import io
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from extract.torchscript import is_torchscript, list_records, read_torchscript
-from storage.errors import InputError
+from extract.inert_pickle import MOST_BYTES, NoPickleError, RefusedError, read_inert
+from extract.torchscript import Record, is_torchscript, list_records, read_torchscript
+from storage.errors import InputError, first_line
 
+_MOST_SHARING = 4
+"""How often tensors may have the same bytes (tied weights) on average: they are copied when they are used."""
 _NETWORKS = ("state_dict", "model", "module", "student", "teacher", "model_ema")
 """What upstream checkpoints call a network, beside its optimiser, epoch and settings."""
 
@@ -25,14 +27,21 @@ _WHOLE_FILE_PREFIXES = ("module.", "_orig_mod.")
 _BACKBONE = "backbone."
 """What DINO's and its successors' checkpoints put before a network's names; heads stand beside it."""
 
+
+class _Ignored:
+    """Data that upstream checkpoints keep beside tensors, of which nothing is kept: command lines, numbers of numpy."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+_PICKLES_BEFORE_TENSORS = 5
+"""In torch's older format: a magic number, a version, the machine, the content, the names of the tensors' storages."""
 _HARMLESS: list[Any] = [
-    argparse.Namespace,
-    np.dtype,
-    np._core.multiarray.scalar,  # type: ignore[attr-defined]
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # type: ignore[attr-defined]
-    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
+    (_Ignored, name)
+    for name in ("argparse.Namespace", "numpy.dtype", "numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar")
 ]
-"""Data that upstream checkpoints keep beside tensors: command lines, and numbers of numpy."""
 
 
 def read_checkpoint(path: Path, branch: str = "") -> dict[str, Tensor]:
@@ -48,12 +57,12 @@ def read_checkpoint(path: Path, branch: str = "") -> dict[str, Tensor]:
     content = _read(path)
     network = _choose_network(path, content, branch)
     tensors = {name: value for name, value in network.items() if isinstance(value, Tensor)}
-    file_bytes = path.stat().st_size
-    for name, tensor in tensors.items():
-        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_quantized:
-            raise InputError(f"{path}: {name} is not a plain dense tensor; export the model's state_dict")
-        if tensor.is_meta or tensor.numel() * tensor.element_size() > file_bytes:
-            raise InputError(f"{path}: {name} of shape {tuple(tensor.shape)} says to be larger than the whole file")
+    file_bytes, num_bytes = path.stat().st_size, sum(tensor.nbytes for tensor in tensors.values())
+    if num_bytes > _MOST_SHARING * file_bytes:
+        raise InputError(
+            f"{path} has tensors of {num_bytes} bytes in a file of {file_bytes}: most are the same bytes; export the "
+            "model's state_dict as safetensors"
+        )
     return _without_wrappers(path, tensors)
 
 
@@ -63,9 +72,9 @@ def _read(path: Path) -> Any:
     if path.suffix == ".safetensors" or start[8:9] == b"{":
         return _read_safetensors(path)
     if not start.startswith(b"PK"):
-        return _read_torch(path, is_archive=False)
+        return _read_torch(path, {})
     records = list_records(path)
-    return read_torchscript(path, records) if is_torchscript(records) else _read_torch(path, is_archive=True)
+    return read_torchscript(path, records) if is_torchscript(records) else _read_torch(path, records)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -78,30 +87,46 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise _unreadable(path, error) from error
 
 
-def _read_torch(path: Path, *, is_archive: bool) -> Any:
+def _read_torch(path: Path, records: Mapping[str, Record]) -> Any:
     """Whatever `torch.save` was given, of tensors and harmless data.
 
+    torch's own loader for weights only runs no code, but its few functions can be told to make huge things.
+    So `inert_pickle` looks through the structure first.
+
     Args:
-        is_archive: in the format since torch 1.6, whose tensors need not be copied out of the file.
+        records: of an archive, the format since torch 1.6, whose tensors need not be copied out of the file.
     """
     try:
+        _look_through(path, records.get("data.pkl"))
         with torch.serialization.safe_globals(_HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=bool(records))
+    except NoPickleError as error:
         raise _unreadable(path, error) from error
-    except Exception as error:  # pickle's own error classes: the file asks for code to be run
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f" ({found[1]})" if found else f" ({_first_line(error)})"
+    except (RefusedError, pickle.UnpicklingError) as error:
         raise InputError(
-            f"{path} holds more than tensors{what} and is not opened: nothing in a weights file is ever run. If you "
-            "trust it, convert it where its packages are installed: "
+            f"{path} holds more than tensors ({first_line(error)}) and is not opened: nothing in a weights file is "
+            "ever run. If you trust it, convert it where its packages are installed: "
             f"`d = torch.load({str(path)!r}, map_location='cpu', weights_only=False)`, then "
             "`safetensors.torch.save_file({k: v.contiguous() for k, v in d['model'].items()}, 'weights.safetensors')`"
         ) from error
+    except Exception as error:  # of any kind, when bytes are missing or make no sense
+        raise _unreadable(path, error) from error
+
+
+def _look_through(path: Path, structure: Record | None) -> None:
+    """Raises RefusedError: the file asks for more than tensors and harmless data, or for more than it holds."""
+    with path.open("rb") as file:
+        if structure:
+            file.seek(structure.start)
+            read_inert(file.read(min(structure.num_bytes, MOST_BYTES + 1)))
+            return
+        start = io.BytesIO(file.read(MOST_BYTES))
+    for _ in range(_PICKLES_BEFORE_TENSORS):
+        read_inert(start)
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path} is not a readable weights file: {_first_line(error)}")
+    return InputError(f"{path} is not a readable weights file: {first_line(error)}")
 
 
 def _choose_network(path: Path, content: Any, branch: str) -> Mapping[str, Any]:
@@ -129,20 +154,17 @@ def _choose_network(path: Path, content: Any, branch: str) -> Mapping[str, Any]:
 def _is_state(content: Mapping[Any, Any]) -> bool:
     """Tensors by name, perhaps with a few plain numbers (OpenAI's `input_resolution`)."""
     is_named = all(isinstance(name, str) for name in content)
-    is_plain = all(value is None or isinstance(value, (Tensor, int, float, str)) for value in content.values())
+    is_plain = all(
+        value is None or isinstance(value, (Tensor, _Ignored, int, float, str)) for value in content.values()
+    )
     return is_named and is_plain and any(isinstance(value, Tensor) for value in content.values())
 
 
 def _without_wrappers(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = {name: name for name in tensors}
-    for prefix in _WHOLE_FILE_PREFIXES:
-        if all(name.startswith(prefix) for name in names.values()):
-            names = {full: name.removeprefix(prefix) for full, name in names.items()}
+    while found := [prefix for prefix in _WHOLE_FILE_PREFIXES if all(n.startswith(prefix) for n in names.values())]:
+        names = {full: name.removeprefix(found[0]) for full, name in names.items()}
     names = {full: name.removeprefix(_BACKBONE) for full, name in names.items()}
     if len(set(names.values())) < len(names):
         raise InputError(f"{path} has tensors under the same name with and without {_BACKBONE!r}; which are meant?")
     return {names[full]: tensor for full, tensor in tensors.items()}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,27 +1,40 @@
-"""What a TorchScript archive's pickle describes, read without running anything of it.
+"""What the pickle of a weights file describes, read without running anything of it.
 
 A pickle is a program for a small stack machine whose instructions may import and call anything. This machine knows only
-the instructions that torch's own TorchScript writer uses, and it has nothing to call: a class becomes an empty
-`Instance`, one of the few known functions becomes what it would return, every other name is refused.
+the instructions that torch's own writers use, and it has nothing to call: a class becomes an empty `Instance`, one of
+the few known functions becomes what it would return, every other name is refused. Nothing of what it makes is larger
+than in the pickle, however often an instruction refers to it: neither here nor where torch itself reads it afterwards.
 """
 
+import io
+import math
 import pickletools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-MOST_BYTES = 8 * 2**20
+MOST_BYTES = 4 * 2**20
 """Of such a pickle: tens of thousands of tensors. A byte of it can ask for a hundred bytes of memory, not more."""
 
 _MOST_ELEMENTS = 2**40
+_MOST_DIMENSIONS = 8
+_MOST_ARGUMENTS = 8
+_LONGEST_NAME = 250
+"""Of a class or a function."""
+_LARGEST_KEY = 2**31
+"""Numbers that are far apart can have the same hash; a dictionary of many such ones takes for ever."""
 
-_CLASS = re.compile(r"__torch__\.?[\w.]* \w+")
+_CLASS = re.compile(r"__torch__\.?[\w.]* \w+|argparse Namespace")
 _STORAGE = re.compile(r"torch (\w+)Storage")
-_PLAIN_KEYS = (str, int, float)
+_DTYPE = re.compile(r"torch (u?int|float|bfloat|complex|bool)\d*")
 
 
 class RefusedError(Exception):
     """Something that no weights file needs; `str(error)` says what."""
+
+
+class NoPickleError(RefusedError):
+    """No pickle, or a damaged one."""
 
 
 class Name(str):
@@ -54,14 +67,46 @@ class TensorRef(NamedTuple):
 
 
 def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> TensorRef:
-    for numbers in (size, stride, (offset,)):
-        if not isinstance(numbers, tuple) or not all(
-            type(number) is int and 0 <= number < _MOST_ELEMENTS for number in numbers
-        ):
-            raise RefusedError(f"a tensor of size {size!r}, stride {stride!r}, offset {offset!r}"[:200])
-    if not isinstance(storage, StorageRef) or len(size) != len(stride):
-        raise RefusedError("a tensor without a storage, or with another number of strides than of dimensions")
+    if not isinstance(storage, StorageRef):
+        raise RefusedError("a tensor without a storage")
+    if len(_sides(size)) != len(_sides(stride)):
+        raise RefusedError(f"a tensor of {len(size)} dimensions with {len(stride)} strides")
+    _sides((offset,))
+    num_elements = math.prod(size)
+    last = offset + sum((side - 1) * step for side, step in zip(size, stride, strict=True))
+    if num_elements and (last >= storage.num_elements or num_elements > storage.num_elements):
+        raise RefusedError(f"a tensor of shape {size} that is larger than its storage of {storage.num_elements}")
     return TensorRef(storage, offset, size, stride)
+
+
+def _sides(numbers: Any) -> tuple[int, ...]:
+    """Sizes, strides, offsets: a few counts. Others are not shown: a value that holds itself often is endless text."""
+    if not isinstance(numbers, tuple) or len(numbers) > _MOST_DIMENSIONS:
+        found = f"{len(numbers)} dimensions" if isinstance(numbers, tuple) else f"a {type(numbers).__name__} as size"
+        raise RefusedError(f"a tensor of {found}, at most {_MOST_DIMENSIONS} dimensions are expected")
+    if not all(type(number) is int and 0 <= number < _MOST_ELEMENTS for number in numbers):
+        raise RefusedError(f"a tensor of a size, stride or offset that is no count below {_MOST_ELEMENTS}")
+    return numbers
+
+
+def _encoded(text: Any, *_: Any) -> None:
+    """Bytes, which old protocols write as text: of a number. Each call makes a new copy of the text."""
+    if len(_expect(str, text)) > _LONGEST_NAME:
+        raise RefusedError(f"{len(text)} bytes outside of any tensor")
+
+
+def _ordered(*items: Any) -> dict[Any, Any]:
+    if items:  # each call would copy them
+        raise RefusedError("an OrderedDict as Python 2 writes it")
+    return {}
+
+
+def _few(items: Any) -> None:
+    """Of a schedule or a setting. Each call makes a new copy of the items."""
+    if not isinstance(items, (dict, list)) or len(items) > _MOST_ARGUMENTS:
+        raise RefusedError(f"a set or counter of something else than at most {_MOST_ARGUMENTS} items")
+    for item in items:
+        _check_key(item)
 
 
 def _first(value: Any, *_: Any) -> Any:
@@ -76,21 +121,34 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch.jit._pickle build_doublelist": _first,
     "torch.jit._pickle build_boollist": _first,
     "torch.jit._pickle build_tensorlist": _first,
-    "collections OrderedDict": lambda *_: {},
+    "collections OrderedDict": _ordered,
+    "collections Counter": _few,
+    "__builtin__ set": _few,
+    "torch Size": _sides,
     "torch device": lambda *_: None,
     "builtins complex": lambda *_: None,
+    "__builtin__ complex": lambda *_: None,
+    "_codecs encode": _encoded,
+    "numpy dtype": lambda *_: Instance(),
+    "numpy.core.multiarray scalar": lambda *_: None,
+    "numpy._core.multiarray scalar": lambda *_: None,
 }
 """What the known functions return. They only arrange their arguments."""
 
 
-def read_inert(data: bytes) -> Any:
+def read_inert(data: bytes | io.BytesIO) -> Any:
     """The object that a pickle describes, of plain values, `Instance`s and `TensorRef`s.
 
+    Args:
+        data: a stream is left at the end of the pickle.
+
     Raises:
-        RefusedError: it asks for anything else, is cut off, or is too large.
+        RefusedError: it asks for anything else, or is too large.
+        NoPickleError: it is cut off or damaged.
     """
-    if len(data) > MOST_BYTES:
-        raise RefusedError(f"{len(data)} bytes of structure, at most {MOST_BYTES} are expected")
+    num_bytes = len(data) if isinstance(data, bytes) else data.getbuffer().nbytes
+    if num_bytes > MOST_BYTES:
+        raise RefusedError(f"{num_bytes} bytes of structure, at most {MOST_BYTES} are expected")
     machine = _Machine()
     try:
         for opcode, argument, _ in pickletools.genops(data):
@@ -100,8 +158,8 @@ def read_inert(data: bytes) -> Any:
     except RefusedError:
         raise
     except Exception as error:  # an instruction that finds no operand, a text that is none
-        raise RefusedError(f"a damaged pickle ({error})"[:200]) from error
-    raise RefusedError("a pickle that does not end")
+        raise NoPickleError(f"a damaged pickle ({error})"[:200]) from error
+    raise NoPickleError("a pickle that does not end")
 
 
 class _Machine:
@@ -144,18 +202,20 @@ class _Machine:
             case "GLOBAL":
                 stack.append(_known(argument))
             case "NEWOBJ":
-                cls, _ = self._take(2)
-                if not _CLASS.fullmatch(_expect(Name, cls)):
+                cls, arguments = self._take(2)
+                if arguments != () or not _CLASS.fullmatch(_expect(Name, cls)):
                     raise RefusedError(f"an object of {cls}")
                 stack.append(Instance())
             case "BUILD":
                 [state] = self._take(1)
-                _expect(Instance, stack[-1]).state = state
+                _build(stack[-1], state)
             case "REDUCE":
                 function, arguments = self._take(2)
                 if _expect(Name, function) not in _FUNCTIONS:
                     raise RefusedError(f"a call of {function}")
-                stack.append(_FUNCTIONS[function](*_expect(tuple, arguments)))
+                if len(_expect(tuple, arguments)) > _MOST_ARGUMENTS:
+                    raise RefusedError(f"a call of {function} with {len(arguments)} arguments")
+                stack.append(_FUNCTIONS[function](*arguments))
             case "BINPERSID":
                 [identity] = self._take(1)
                 stack.append(_storage(identity))
@@ -186,41 +246,35 @@ def _expect(kind: type, value: Any) -> Any:
 def _fill(stack: list[Any], items: list[Any]) -> None:
     target = _expect(dict, stack[-1])
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if not isinstance(key, _PLAIN_KEYS):  # the hash of nested tuples can take for ever
-            raise RefusedError(f"a dictionary with a {type(key).__name__} as key")
+        _check_key(key)
         target[key] = value
 
 
+def _check_key(key: Any) -> None:
+    if not isinstance(key, (str, int)):  # the hash of nested tuples can take for ever
+        raise RefusedError(f"a dictionary with a {type(key).__name__} as key")
+    if isinstance(key, int) and not -_LARGEST_KEY <= key < _LARGEST_KEY:
+        raise RefusedError("a dictionary with a huge number as key")
+
+
+def _build(target: Any, state: Any) -> None:
+    """Give an object its attributes. Those of a dictionary (a `state_dict`'s `_metadata`) are of no interest here."""
+    if not isinstance(target, dict):
+        _expect(Instance, target).state = state
+    elif len(_expect(dict, state)) > _MOST_ARGUMENTS:  # each dictionary would have a copy
+        raise RefusedError(f"a dictionary with {len(state)} attributes")
+
+
 def _known(name: str) -> Name:
-    if name not in _FUNCTIONS and not _CLASS.fullmatch(name) and not _STORAGE.fullmatch(name):
-        raise RefusedError(f"the name {name.replace(' ', '.')}"[:200])
+    is_known = name in _FUNCTIONS or any(kind.fullmatch(name) for kind in (_CLASS, _STORAGE, _DTYPE))
+    if len(name) > _LONGEST_NAME or not is_known:
+        raise RefusedError(name.replace(" ", ".")[:_LONGEST_NAME])
     return Name(name)
 
 
 def _storage(identity: Any) -> StorageRef:
     match identity:
-        case ("storage", Name() as name, str(key), str(), int(count)) if count >= 0:
+        case ("storage", Name() as name, str(key), str(), int(count), *old) if count >= 0 and old in ([], [None]):
             if found := _STORAGE.fullmatch(name):
                 return StorageRef(found[1], key, count)
     raise RefusedError("a reference that is not to a storage")
-
-
-def walk_tensors(root: Any, *, most_names: int = 100_000, most_levels: int = 100) -> Iterator[tuple[str, TensorRef]]:
-    """The tensors of a tree of modules, by the dotted names of attributes, as a module's `state_dict` has them.
-
-    Raises:
-        RefusedError: a module that contains itself, or far too many names (modules shared by modules that are shared).
-    """
-    left, pending = most_names, [("", root, 0)]
-    while pending:
-        prefix, module, level = pending.pop()
-        if level > most_levels:
-            raise RefusedError(f"modules inside modules more than {most_levels} deep")
-        for name, value in module.state.items() if isinstance(module.state, dict) else ():
-            left -= 1
-            if left < 0:
-                raise RefusedError(f"more than {most_names} attributes")
-            if isinstance(value, TensorRef):
-                yield f"{prefix}{name}", value
-            elif isinstance(value, Instance):
-                pending.append((f"{prefix}{name}.", value, level + 1))

@@ -4,18 +4,18 @@
 Here only the structure (`data.pkl`) and the tensors' records are looked at; code is never opened.
 """
 
-import math
 import mmap
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from extract.inert_pickle import Instance, RefusedError, TensorRef, read_inert, walk_tensors
+from extract.inert_pickle import Instance, RefusedError, TensorRef, read_inert
 from storage.errors import InputError
 
 _DTYPES = {
@@ -24,6 +24,8 @@ _DTYPES = {
     "Bool": torch.bool,
 }  # fmt: skip
 _LOCAL_HEADER_BYTES = 30
+_LONGEST_NAME = 250
+"""Of a tensor, with the modules that it is in."""
 
 
 class Record(NamedTuple):
@@ -41,8 +43,8 @@ def list_records(path: Path) -> dict[str, Record]:
     code of TorchScript) are left out.
 
     Raises:
-        InputError: not such an archive; cut off; records of the same name, outside of the file, or compressed where
-            tensors lie.
+        InputError: not such an archive; cut off; records of the same name, outside of the file, in one another, or
+            compressed where tensors lie.
     """
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
@@ -73,6 +75,9 @@ def _records(path: Path, entries: list[zipfile.ZipInfo], file_bytes: int) -> dic
             if name in records:
                 raise InputError(f"{path} holds the record {entry.filename} twice")
             records[name] = Record(start, entry.file_size, entry.CRC)
+    for before, after in pairwise(sorted(records.values())):
+        if before.start + before.num_bytes > after.start:
+            raise InputError(f"{path}: records lie in one another; it is damaged, or made to exhaust memory")
     return records
 
 
@@ -96,7 +101,7 @@ def read_torchscript(path: Path, records: Mapping[str, Record]) -> dict[str, Ten
         root = read_inert(archive.read("data.pkl"))
         if not isinstance(root, Instance):
             raise RefusedError(f"a {type(root).__name__} instead of a module")
-        return {name: archive.tensor(name, tensor) for name, tensor in walk_tensors(root)}
+        return {name: archive.tensor(name, tensor) for name, tensor in _walk_tensors(root)}
     except RefusedError as error:
         raise InputError(
             f"{path} is a TorchScript archive that holds {error}: more than tensors, and it is not opened; save the "
@@ -104,10 +109,40 @@ def read_torchscript(path: Path, records: Mapping[str, Record]) -> dict[str, Ten
         ) from error
 
 
+def _walk_tensors(
+    root: Any, *, most_names: int = 100_000, most_tensors: int = 20_000, most_levels: int = 100
+) -> Iterator[tuple[str, TensorRef]]:
+    """The tensors of a tree of modules, by the dotted names of attributes, as a module's `state_dict` has them.
+
+    Raises:
+        RefusedError: a module that contains itself, names that are far too long, or far too many names or tensors
+            (modules shared by modules that are shared).
+    """
+    left, tensors_left, pending = most_names, most_tensors, [("", root, 0)]
+    while pending:
+        prefix, module, level = pending.pop()
+        if level > most_levels:
+            raise RefusedError(f"modules inside modules more than {most_levels} deep")
+        for name, value in module.state.items() if isinstance(module.state, dict) else ():
+            left -= 1
+            tensors_left -= isinstance(value, TensorRef)
+            if left < 0 or tensors_left < 0:
+                raise RefusedError(f"more than {most_names} attributes or {most_tensors} tensors")
+            if not isinstance(value, (TensorRef, Instance)):
+                continue
+            if not isinstance(name, str) or len(prefix) + len(name) > _LONGEST_NAME:
+                raise RefusedError(f"a tensor or module with a name of more than {_LONGEST_NAME} characters")
+            if isinstance(value, TensorRef):
+                yield f"{prefix}{name}", value
+            else:
+                pending.append((f"{prefix}{name}.", value, level + 1))
+
+
 class _Archive:
     def __init__(self, path: Path, content: mmap.mmap, records: Mapping[str, Record]) -> None:
         self.path, self._content, self._records = path, content, records
         self._sound: set[str] = set()
+        self._copies: dict[int, Tensor] = {}
         if "byteorder" in records and self.read("byteorder") != b"little":
             raise InputError(f"{path} was written on a big-endian machine; save it as safetensors there")
 
@@ -121,22 +156,25 @@ class _Archive:
             raise RefusedError(f"tensors of type {ref.storage.type_name}")
         dtype = _DTYPES[ref.storage.type_name]
         record = self._record(f"data/{ref.storage.key}")
-        count, num_elements = ref.storage.num_elements, math.prod(ref.size)
+        count = ref.storage.num_elements
         if count * dtype.itemsize != record.num_bytes:
             raise InputError(
                 f"{self.path}: record data/{ref.storage.key} has {record.num_bytes} bytes, expected "
                 f"{count * dtype.itemsize} for {name}"
             )
-        if num_elements == 0:
+        if 0 in ref.size:
             return torch.empty_strided(ref.size, ref.stride, dtype=dtype)
-        last = ref.offset + sum((side - 1) * step for side, step in zip(ref.size, ref.stride, strict=True))
-        if last >= count or num_elements > count:
-            raise InputError(f"{self.path}: {name} of shape {ref.size} is larger than its record of {count} elements")
-        if record.start % dtype.itemsize:
-            flat = torch.frombuffer(bytearray(self.read(f"data/{ref.storage.key}")), dtype=dtype)
-        else:
-            flat = torch.frombuffer(self._content, dtype=dtype, count=count, offset=record.start)
-        return flat.as_strided(ref.size, ref.stride, ref.offset)
+        return self._flat(record, dtype).as_strided(ref.size, ref.stride, ref.offset)
+
+    def _flat(self, record: Record, dtype: torch.dtype) -> Tensor:
+        """All elements of a record: in the file's pages, or in one copy where other programs than torch put them."""
+        if record.start % dtype.itemsize == 0:
+            count = record.num_bytes // dtype.itemsize
+            return torch.frombuffer(self._content, dtype=dtype, count=count, offset=record.start)
+        if record.start not in self._copies:
+            part = self._content[record.start : record.start + record.num_bytes]
+            self._copies[record.start] = torch.frombuffer(bytearray(part), dtype=torch.uint8)
+        return self._copies[record.start].view(dtype)
 
     def _record(self, name: str) -> Record:
         """Raises InputError: no such record, or other bytes than were written."""

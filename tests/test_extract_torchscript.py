@@ -200,12 +200,12 @@ def number(value: int) -> bytes:
 @pytest.mark.parametrize(
     ("offset", "size", "stride", "told"),
     [
-        (0, 5, 1, "larger than its record"),
-        (1, 4, 1, "larger than its record"),
-        (0, 2, 4, "larger than its record"),
-        (0, 2**31 - 1, 0, "larger than its record"),
-        (-1, 4, 1, "a tensor of size"),
-        (0, 4, -1, "a tensor of size"),
+        (0, 5, 1, "larger than its storage"),
+        (1, 4, 1, "larger than its storage"),
+        (0, 2, 4, "larger than its storage"),
+        (0, 2**31 - 1, 0, "larger than its storage"),
+        (-1, 4, 1, "a tensor of a size"),
+        (0, 4, -1, "a tensor of a size"),
     ],
 )
 def test_tensors_outside_of_their_records_are_refused(
@@ -225,7 +225,7 @@ def test_tensors_outside_of_their_records_are_refused(
 
 def test_what_would_take_for_ever_is_refused(tmp_path: Path) -> None:
     """Modules inside themselves, tuples that double thirty times as a key, numbers of memo places."""
-    doubling = b"\x80\x02}(" + b")" + b"q\x00h\x00h\x00\x86" * 60 + b"K\x01u."
+    doubling = b"\x80\x02}(" + b")" + b"q\x00h\x00\x86" * 60 + b"K\x01u."
     endless = b"\x80\x02c__torch__\nM\n)\x81q\x00}X\x01\x00\x00\x00mh\x00sb."
     with pytest.raises(RefusedError, match="as key"):
         read_inert(doubling)
@@ -245,3 +245,26 @@ def test_every_pickle_of_random_changes_ends(archive: Path) -> None:
         at, value = torch.randint(len(data), (1,), generator=generator), torch.randint(256, (1,), generator=generator)
         with contextlib.suppress(RefusedError):
             read_inert(data[:at] + bytes([int(value)]) + data[at + 1 :])
+
+
+def test_a_storage_that_is_not_aligned_is_copied_once(tmp_path: Path) -> None:
+    """Other programs than torch pack archives without its gaps."""
+    odd = tmp_path / "odd.pt"
+    torch.jit.script(Odd().eval()).save(odd)
+    expected = torch.jit.load(odd).state_dict()
+    for _ in range(4):
+        repack(odd, lambda name, data: data + b" " if name.endswith("/version") else data)
+        found = read_checkpoint(odd)
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        assert found["left"].untyped_storage().data_ptr() == found["right"].untyped_storage().data_ptr()
+
+
+def test_records_in_one_another_are_refused(archive: Path) -> None:
+    """Each would be copied, or read for its checksum, as often as the archive's directory names it."""
+    with zipfile.ZipFile(archive, "a") as file:
+        first, second = file.getinfo("clip/data/0"), file.getinfo("clip/data/1")
+        for field in ("header_offset", "file_size", "compress_size", "CRC"):
+            setattr(second, field, getattr(first, field))
+        file.comment = b"so that the directory is written again"
+    with pytest.raises(InputError, match="records lie in one another"):
+        read_checkpoint(archive)
