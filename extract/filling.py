@@ -33,11 +33,12 @@ class Filling:
     def add(self, entry: ShardEntry) -> None:
         self.done[entry.index] = entry
 
-    def look_again(self, index: int) -> None:
+    def look_again(self, index: int) -> ShardEntry | None:
         """Take up a shard that was committed although nobody said so: the job that made it failed at another store."""
         entry = read_receipt(self.root, self.plan, index)
         if entry is not None:
             self.add(entry)
+        return entry
 
     def check_bad(self) -> int:
         """Count unusable images.

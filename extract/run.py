@@ -128,14 +128,16 @@ def _fill(
         if isinstance(outcome, FailedJob):
             failed.append(outcome)
             progress.say(f"shard {outcome.job} is given up: {outcome.reason}")
-            for store in stores:
-                store.look_again(outcome.job)
-            continue
-        for store, entry in zip(stores, outcome, strict=True):
-            store.add(entry)
-        if any(entry.bad_images for entry in outcome):
+            entries = [store.look_again(outcome.job) for store in stores]
+        else:
+            entries = list(outcome)
+            for store, entry in zip(stores, outcome, strict=True):
+                store.add(entry)
+        if any(entry is not None and entry.bad_images for entry in entries):
             num_bad = max(store.check_bad() for store in stores)
-        progress.advance(num_images[outcome[0].index], shards=f"{num_done()}/{total}", bad=num_bad)
+        index = outcome.job if isinstance(outcome, FailedJob) else outcome[0].index
+        is_done = all(index in store.done for store in stores)
+        progress.advance(num_images[index] if is_done else 0, shards=f"{num_done()}/{total}", bad=num_bad)
     return failed
 
 

@@ -15,7 +15,7 @@ import torch
 from extract.run import run, run_together
 from extract.teacher import Teacher
 from extract.worker import Target, Worker
-from storage.errors import DecantError, QuarantineError
+from storage.errors import DecantError, InputError, QuarantineError
 from storage.folder import load_plan
 from storage.receipts import committed_shards, receipt_path
 from storage.records import ShardEntry
@@ -178,14 +178,30 @@ def test_a_teacher_that_fails_is_given_up_and_the_other_store_is_finished(
     plain = ALONE["large"].model_copy(update={"encoding": ALONE["plain"].encoding})
     stores = [(plain, tmp_path / "large"), (ALONE["tars"], tmp_path / "tars")]
     fail_at(9, ValueError("out of something"))
-    failed, metrics = run_together(stores, {"data": data})
+    progress = AfterShards(100)
+    failed, metrics = run_together(stores, {"data": data}, progress)
     assert isinstance(failed, QuarantineError)
+    assert progress.said[-3:] == ["3 8/12", "0 9/12", "0 10/12"], "what the other store has of a given-up shard"
     assert "2 of 6 shards of" in str(failed)
     assert "(first: shard 4: RuntimeError: teacher 'toy': ValueError: out of something)" in str(failed)
     assert isinstance(metrics, dict)
     assert metrics["shards"] == 6
     assert tree_bytes(tmp_path / "tars") == files["tars"]
     assert not (tmp_path / "large" / "manifest.json").exists()
+
+
+def test_unusable_images_count_in_shards_that_another_store_gave_up(
+    make_images: Callable[..., Path], make_index: MakeIndex, fail_at: Callable[[int, Exception | float], None],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    images = make_images("images")
+    for name in ("001", "002"):
+        (images / "dark" / f"{name}.png").write_bytes(b"no picture")
+    data, _ = make_index(images, eval_fraction=0)
+    plain = ALONE["large"].model_copy(update={"encoding": ALONE["plain"].encoding})
+    fail_at(1, ValueError("out of something"))
+    with pytest.raises(InputError, match=r"2 of 20 images of .* are unusable, 1 are allowed"):
+        run_together([(plain, tmp_path / "large"), (ALONE["tars"], tmp_path / "tars")], {"data": data})
 
 
 def test_unusable_images_are_holes_in_every_store(
