@@ -6,16 +6,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from extract.backends import load_teacher
 from extract.config import ExtractConfig
 from extract.fit import Fitted, fit_whitening
 from extract.precision import Agreement, compare_with_float32
 from extract.resolve import resolve_teacher
 from extract.sample import SampleBatch, iter_sample, iter_sample_views
-from extract.teacher import Teacher, choose_precision
+from extract.teacher import PRECISIONS, Teacher, choose_precision
 from extract.whiten import Whitener
 from storage.encodings import fit_encoding, is_fitted, unfitted
 from storage.errors import ConfigError, DamagedError, InputError
@@ -48,8 +45,8 @@ def build_plan(
 ) -> PlannedStore:
     """Load the teacher once, here, to learn who it is; workers load their own copies and compare.
 
-    A store that has begun in `out_dir` keeps what it learnt: on another machine a fit may differ in its last digits,
-    and with it the store.
+    A store that has begun in `out_dir` keeps what it learnt, and its precision where the settings leave that open: on
+    another machine a fit may differ in its last digits, and `auto` may mean something else.
 
     Args:
         whitening_from: a finished store whose whitening this one shares, so that their tokens can be compared.
@@ -60,7 +57,8 @@ def build_plan(
         InputError: images or tokens that nothing can be learnt from.
     """
     learns = not is_fitted(cfg.encoding) or not cfg.whitening.is_fitted
-    precision = choose_precision(cfg.precision, cfg.run.device)
+    begun = find_plan(out_dir)
+    precision = _precision_of(cfg, begun)
     is_exact = precision == "float32" and not cfg.run.compile
     teacher = load_teacher(
         resolve_teacher(cfg), weights=cfg.weights, device="cpu" if is_exact and not learns else cfg.run.device,
@@ -73,7 +71,6 @@ def build_plan(
         agreement = compare_with_float32(
             teacher, iter_sample_views(plan, images, teacher.spec.input_px, _COMPARED_VIEWS)
         )
-    begun = find_plan(out_dir)
     shared = None if whitening_from is None else _shared_whitening(plan, whitening_from)
     if begun is not None and _without_fit(begun, plan) == plan:
         return PlannedStore(begun, _statistics_of_begun(begun, out_dir, shared, sample), agreement)
@@ -83,8 +80,15 @@ def build_plan(
     statistics = NO_STATISTICS if fitted is None else fitted.statistics
     if not is_fitted(plan.encoding):
         whitener = Whitener(plan.whitening, statistics, teacher.device)
-        plan = plan.model_copy(update={"encoding": fit_encoding(plan.encoding, _whitened(sample, whitener))})
+        whitened = [whitener(tokens_BTC, keys).tokens_BTC.cpu().numpy() for tokens_BTC, keys in sample()]
+        plan = plan.model_copy(update={"encoding": fit_encoding(plan.encoding, whitened)})
     return PlannedStore(plan, statistics, agreement)
+
+
+def _precision_of(cfg: ExtractConfig, begun: StorePlan | None) -> str:
+    if cfg.precision == "auto" and begun is not None and begun.teacher.get("precision") in PRECISIONS:
+        return str(begun.teacher["precision"])
+    return choose_precision(cfg.precision, cfg.run.device)
 
 
 def plan_before_fit(cfg: ExtractConfig, images: ImageList, teacher: Teacher) -> StorePlan:
@@ -120,11 +124,6 @@ def _without_fit(begun: StorePlan, plan: StorePlan) -> StorePlan:
 
 def _fit(plan: StorePlan, sample: Sample) -> Fitted | None:
     return fit_whitening(plan.whitening, sample()) if isinstance(plan.whitening, MeanStd | Pca) else None
-
-
-def _whitened(sample: Sample, whitener: Whitener) -> NDArray[np.float16]:
-    """(R, T, C)."""
-    return np.concatenate([whitener(tokens_BTC, keys).tokens_BTC.cpu().numpy() for tokens_BTC, keys in sample()])
 
 
 def _shared_whitening(plan: StorePlan, location: Path | str) -> Fitted | None:

@@ -9,7 +9,7 @@ Every encoding says how far a decoded value may be from the true one (`error_bou
 (those that are kept, where a store keeps a subset), C channels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -208,19 +208,37 @@ def find_encoding(name: str) -> Encoding:
     return look_up("encoding", name, ENCODINGS)
 
 
-def fit_encoding(encoding: Encoding, tokens_RTC: NDArray[np.float16]) -> Encoding:
+def fit_encoding(encoding: Encoding, sample: Sequence[NDArray[np.float16]] | NDArray[np.float16]) -> Encoding:
     """Fill in what an encoding learns from a sample of whitened tokens; others come back as they are.
+
+    Args:
+        sample: parts of (..., C); how it is divided makes no difference.
 
     Raises:
         InputError: there is no token to learn from, or one is not finite.
     """
     if not isinstance(encoding, Int8) or encoding.channel_scale:
         return encoding
-    if not len(tokens_RTC) or not np.isfinite(tokens_RTC).all():
-        raise InputError(f"int8 cannot be fitted on {len(tokens_RTC)} views: none, or with tokens that are not finite")
-    std_C = tokens_RTC.reshape(-1, tokens_RTC.shape[-1]).astype(np.float32).std(axis=0)
-    scale_C = np.maximum(std_C, MIN_CHANNEL_SCALE).astype(np.float32)
+    num_tokens = sum(part.size // part.shape[-1] for part in sample)
+    if not num_tokens or not all(np.isfinite(part).all() for part in sample):
+        raise InputError(f"int8 cannot be fitted on {num_tokens} tokens: none, or some that are not finite")
+    scale_C = np.maximum(_spread(sample, num_tokens), MIN_CHANNEL_SCALE).astype(np.float32)
     return encoding.model_copy(update={"channel_scale": tuple(scale_C.tolist())})
+
+
+def _spread(sample: Sequence[NDArray[np.float16]] | NDArray[np.float16], num_tokens: int) -> NDArray[np.float32]:
+    """Standard deviation of each channel: to the bit what numpy says of one float32 array, which would be large."""
+    channels = sample[0].shape[-1]
+
+    def mean_C(of: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> NDArray[np.float32]:
+        sum_C = np.zeros(channels, np.float32)
+        for part in sample:
+            values_NC = of(part.reshape(-1, channels).astype(np.float32))
+            sum_C = np.add.reduce(np.concatenate([sum_C[None], values_NC]), axis=0)
+        return sum_C / np.float32(num_tokens)
+
+    centre_C = mean_C(lambda tokens_NC: tokens_NC)
+    return np.sqrt(mean_C(lambda tokens_NC: np.square(tokens_NC - centre_C)))
 
 
 def is_fitted(encoding: Encoding) -> bool:

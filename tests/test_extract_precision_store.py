@@ -63,12 +63,19 @@ def test_float32_is_compared_with_nothing(make_index: Callable[..., Any], tmp_pa
     assert not [line for line in progress.said if "float32" in line]
 
 
-def test_a_store_goes_on_in_its_own_precision_only(make_index: Callable[..., Any], tmp_path: Path) -> None:
-    """Begun on one machine and continued on another, `auto` may mean something else there."""
+def test_a_store_goes_on_in_its_own_precision(make_index: Callable[..., Any], tmp_path: Path) -> None:
+    """Begun on one machine and continued on another, `auto` would mean something else there."""
     data, _ = make_index()
-    run(CFG, {"data": data}, tmp_path / "store")
+    auto, store = CFG.model_copy(update={"precision": "auto"}), tmp_path / "store"
+    run(CFG, {"data": data}, store)
+    before = (store / "manifest.json").read_bytes()
+    (store / "manifest.json").unlink()
+    (store / "receipts" / "00001.json").unlink()
+    assert run(auto, {"data": data}, store)["precision"] == "bfloat16"
+    assert (store / "manifest.json").read_bytes() == before
     with pytest.raises(ConfigError, match=r"teacher\.precision is 'bfloat16', expected 'float32'"):
-        run(CFG.model_copy(update={"precision": "auto"}), {"data": data}, tmp_path / "store")
+        run(CFG.model_copy(update={"precision": "float32"}), {"data": data}, store)
+    assert run(auto, {"data": data}, tmp_path / "another")["precision"] == "float32"
 
 
 def test_every_precision_is_measured_on_the_same_views(make_index: Callable[..., Any], monkeypatch: Any) -> None:

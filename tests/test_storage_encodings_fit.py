@@ -1,6 +1,7 @@
 """Int8 is fitted on a sample: the spread of each channel, good enough on real features."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import elpv_dataset
@@ -34,6 +35,27 @@ def test_fitting_takes_the_spread_of_each_channel() -> None:
     assert fit_encoding(fitted, sample_RTC * 2) is fitted
     for other in (Fp16(), Zstd(), BitRound()):
         assert fit_encoding(other, sample_RTC) is other and is_fitted(other)
+
+
+@pytest.mark.parametrize("shape", [(40, 17, 24), (9, 50, 768), (3, 1, 5), (300, 7, 2)])
+def test_a_sample_in_parts_gives_the_bits_of_one_array(shape: tuple[int, int, int]) -> None:
+    """Stores that are begun already were fitted with numpy's own standard deviation."""
+    generator = np.random.default_rng(1)
+    offset_C, spread_C = generator.normal(size=shape[-1]) * 3, generator.uniform(0.1, 5, shape[-1])
+    sample_RTC = (generator.normal(size=shape) * spread_C + offset_C).astype(np.float16)
+    expected = tuple(sample_RTC.reshape(-1, shape[-1]).astype(np.float32).std(axis=0).tolist())
+    for parts in (sample_RTC, [sample_RTC], np.array_split(sample_RTC, 3), list(sample_RTC[:, None])):
+        fitted = fit_encoding(Int8(), parts)
+        assert isinstance(fitted, Int8) and fitted.channel_scale == expected
+
+
+def test_a_large_sample_is_never_copied_whole() -> None:
+    parts = [np.ones((4, 64, 512), np.float16) for _ in range(32)]
+    tracemalloc.start()
+    fit_encoding(Int8(), parts)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 10 * parts[0].nbytes
 
 
 def test_nothing_is_fitted_on_nothing() -> None:
