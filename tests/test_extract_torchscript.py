@@ -248,12 +248,12 @@ def test_every_pickle_of_random_changes_ends(archive: Path) -> None:
 
 
 def test_a_storage_that_is_not_aligned_is_copied_once(tmp_path: Path) -> None:
-    """Other programs than torch pack archives without its gaps."""
+    """Archives packed again by other programs are without torch's gaps."""
     odd = tmp_path / "odd.pt"
     torch.jit.script(Odd().eval()).save(odd)
     expected = torch.jit.load(odd).state_dict()
     for _ in range(4):
-        repack(odd, lambda name, data: data + b" " if name.endswith("/version") else data)
+        odd.write_bytes(b" " + odd.read_bytes())
         found = read_checkpoint(odd)
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
         assert found["left"].untyped_storage().data_ptr() == found["right"].untyped_storage().data_ptr()
