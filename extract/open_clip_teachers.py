@@ -73,18 +73,12 @@ def _build_trunk(trunk: Any, spec: TeacherSpec) -> Built:
 
 
 def _tap(visual: VisionTransformer, spec: TeacherSpec) -> Forward:
-    count = len(visual.transformer.resblocks)
-    if not -count <= spec.block < count:
-        raise ConfigError(
-            f"teacher {spec.name!r} ({spec.model}) has {count} blocks; extract.block can be 0 to {count - 1}, or -1 to "
-            f"{-count} from the end, found {spec.block}"
-        )
+    block = spec.block_index(len(visual.transformer.resblocks))
     if spec.tap != "block" and visual.attn_pool is not None:
         raise ConfigError(
             f"{spec.model} of teacher {spec.name!r} pools its tokens before its final norm; use extract.tap=block for "
             "its tokens as they are"
         )
-    block = spec.block % count
 
     def forward(images_BCHW: Tensor) -> Tensor:
         found = visual.forward_intermediates(

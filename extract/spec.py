@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from storage.errors import ConfigError
 from storage.records import FeatureSpec
@@ -68,6 +68,16 @@ class TeacherSpec(Schema):
     gflops: float = 0
     """Floating-point operations of one view's forward pass at `input_px`, in 10^9; a multiply-add counts as two."""
 
+    @model_validator(mode="after")
+    def _check_stages(self) -> Self:
+        stages = self.stage_channels
+        if stages and not (-len(stages) <= self.block < len(stages) and stages[self.block] == self.channels):
+            raise ValueError(
+                f"stage_channels are {list(stages)}, but channels is {self.channels} and block {self.block}; channels "
+                "are those of the stage that block names"
+            )
+        return self
+
     def feature_spec(self, input_px: int | None = None) -> FeatureSpec:
         """The shape of its tokens at `input_px` (None: its own size)."""
         side = (input_px or self.input_px) // self.patch_px
@@ -106,21 +116,33 @@ class TeacherSpec(Schema):
             )
         return moved
 
-    def _stage(self, block: int, tap: Tap) -> dict[str, int]:
-        count = len(self.stage_channels)
-        if not -count <= block < count:
+    def block_index(self, count: int, kind: str = "blocks") -> int:
+        """Which of a network's `count` blocks, or stages, is tapped, counted from 0.
+
+        Raises:
+            ConfigError: no such block.
+        """
+        if not -count <= self.block < count:
             raise ConfigError(
-                f"teacher {self.name!r} has {count} stages; extract.block can be 0 to {count - 1}, or -1 to {-count} "
-                f"from the end, found {block}"
+                f"teacher {self.name!r} ({self.model}) has {count} {kind}; extract.block can be 0 to {count - 1}, or "
+                f"-1 to {-count} from the end, found {self.block}"
             )
-        if tap == "final_norm" and block % count != count - 1:
+        return self.block % count
+
+    def _stage(self, block: int, tap: Tap) -> dict[str, int]:
+        """What a tap at another stage changes; the stage itself is counted from the end, however it was named."""
+        count = len(self.stage_channels)
+        wanted = self.model_copy(update={"block": block}).block_index(count, "stages")
+        if tap == "final_norm" and wanted != count - 1:
             raise ConfigError(
-                f"the final norm of teacher {self.name!r} is for its last stage only; for stage {block % count} use "
+                f"the final norm of teacher {self.name!r} is for its last stage only; for stage {wanted} use "
                 "extract.tap=block"
             )
-        known, wanted = self.block % count, block % count
+        known = self.block % count
+        if wanted == known:
+            return {"block": self.block}
         patch_px = self.patch_px * 2**wanted // 2**known
-        return {"patch_px": patch_px, "channels": self.stage_channels[wanted]}
+        return {"patch_px": patch_px, "channels": self.stage_channels[wanted], "block": wanted - count}
 
     def identity(self) -> dict[str, Any]:
         """What decides its tokens, beside the weights' tensors: the part that a store's plan holds."""

@@ -45,7 +45,7 @@ def tap(module: Any, spec: TeacherSpec) -> Forward:
         raise ConfigError(
             f"timm's {spec.model} of teacher {spec.name!r} cannot be tapped: it has no forward_intermediates"
         )
-    block = _block_index(module, spec)
+    block = spec.block_index(len(module.feature_info))
     norm = final_norm(module) if spec.tap == "final_norm" else nn.Identity()
     if norm is None:
         raise ConfigError(
@@ -75,13 +75,12 @@ def tap(module: Any, spec: TeacherSpec) -> Forward:
     return forward
 
 
-def final_norm(module: nn.Module) -> nn.Module | None:
+def final_norm(module: nn.Module, names: Iterable[str] = ("norm", "fc_norm")) -> nn.Module | None:
     """The norm behind the last block; None if there is none.
 
-    timm calls it `norm`, or `fc_norm` in networks that were pretrained with a norm on every token and that timm pools
-    before it (EVA-02, BEiT).
+    timm calls it `norm`, or `fc_norm` in networks that it pools before it.
     """
-    for name in ("norm", "fc_norm"):
+    for name in names:
         norm = getattr(module, name, None)
         if norm is not None and not isinstance(norm, nn.Identity):
             return norm  # type: ignore[no-any-return]
@@ -91,16 +90,6 @@ def final_norm(module: nn.Module) -> nn.Module | None:
 def _is_sequence(module: Any) -> bool:
     """Whether it gives tokens, with prefix tokens apart; all others give maps."""
     return "return_prefix_tokens" in inspect.signature(module.forward_intermediates).parameters
-
-
-def _block_index(module: Any, spec: TeacherSpec) -> int:
-    count = len(module.feature_info)
-    if not -count <= spec.block < count:
-        raise ConfigError(
-            f"teacher {spec.name!r} ({spec.model}) has {count} blocks; extract.block can be 0 to {count - 1}, or -1 to "
-            f"{-count} from the end, found {spec.block}"
-        )
-    return spec.block % count
 
 
 def fit_of(module: nn.Module, model: str) -> Callable[[State], State]:
@@ -174,8 +163,9 @@ def _conversion_arguments(model: str, align_corners: Iterable[str]) -> dict[str,
 def describe(model: str) -> TeacherSpec:
     """The row of any timm network, from timm's own table and the network built without memory.
 
-    Its tap is the final norm where the network has one, else the last block or stage as it is. Without a tag it is the
-    one that timm takes.
+    Its tap is the final norm where that was trained on every token, else the last block or stage as it is. A norm that
+    timm has behind the pooling was, if the weights have no classes (EVA-02 and BEiT-3 before fine-tuning); those of
+    classifiers saw means of tokens. Without a tag it is the one that timm takes.
 
     Raises:
         ConfigError: timm has no such network, or cannot tap it.
@@ -189,17 +179,22 @@ def describe(model: str) -> TeacherSpec:
     published = timm.get_pretrained_cfg(model)
     with torch.device("meta"):
         module: Any = timm.create_model(model, num_classes=0)
+    full = f"{architecture}.{published.tag}" if published.tag else model
+    norms = ("norm",) if published.num_classes else ("norm", "fc_norm")
     spec = TeacherSpec(
-        name=f"timm:{model}", library="timm", model=f"{architecture}.{published.tag}" if published.tag else model,
+        name=f"timm:{full}", library="timm", model=full,
         weights="hub" if published.has_weights else "file", left_out=_heads(published.classifier),
         input_px=published.input_size[-1], mean=published.mean, std=published.std,
-        licence=published.license or "unknown", **shape_of(module, model),
+        licence=published.license or "unknown", **shape_of(module, model, norms),
     )  # fmt: skip
     return with_cost(spec, module, tap(module, spec))
 
 
-def shape_of(module: Any, model: str) -> dict[str, Any]:
+def shape_of(module: Any, model: str, norms: Iterable[str] = ("norm",)) -> dict[str, Any]:
     """The fields of a row that a network itself tells.
+
+    Args:
+        norms: names of those that were trained on every token.
 
     Raises:
         ConfigError: it cannot be tapped.
@@ -214,7 +209,7 @@ def shape_of(module: Any, model: str) -> dict[str, Any]:
         "channels": stages[-1]["num_chs"],
         "num_prefix_tokens": getattr(module, "num_prefix_tokens", 0) if _is_sequence(module) else 0,
         "stage_channels": tuple(stage["num_chs"] for stage in stages) if is_hierarchical else (),
-        "tap": "block" if final_norm(module) is None else "final_norm",
+        "tap": "block" if final_norm(module, norms) is None else "final_norm",
     }
 
 

@@ -64,7 +64,25 @@ def test_open_clip_itself_tells_what_the_rows_say(name: str) -> None:
 def test_a_model_without_a_tag_is_the_one_that_timm_takes() -> None:
     found = identify_teacher("timm:vit_base_patch14_reg4_dinov2")
     assert found.model == "vit_base_patch14_reg4_dinov2.lvd142m"
+    assert found == identify_teacher("timm:vit_base_patch14_reg4_dinov2.lvd142m"), "under the same name too"
     assert (found.num_prefix_tokens, found.weights, found.tap) == (5, "hub", "final_norm")
+
+
+@pytest.mark.parametrize(
+    ("model", "tap"),
+    [
+        ("beit3_base_patch16_224.pt", "final_norm"),
+        ("eva02_tiny_patch14_224.mim_in22k", "final_norm"),
+        ("eva02_tiny_patch14_336.mim_in22k_ft_in1k", "block"),
+        ("beit_base_patch16_224.in22k_ft_in22k", "block"),
+        ("vit_little_patch16_reg1_gap_256.sbb_in12k", "block"),
+        ("vit_tiny_patch16_224.augreg_in21k", "final_norm"),
+    ],
+)
+def test_a_norm_that_was_trained_behind_the_pooling_is_not_applied_to_tokens(model: str, tap: str) -> None:
+    """Unless it is asked for."""
+    assert identify_teacher(f"timm:{model}").tap == tap
+    assert resolve_teacher(ExtractConfig(teacher=f"timm:{model}", tap="final_norm")).tap == "final_norm"
 
 
 @pytest.mark.parametrize(
@@ -212,6 +230,15 @@ def test_a_missing_file_is_told_and_settings_that_the_file_decides_are_refused(t
     path = write(tmp_path, readme_file())
     with pytest.raises(ConfigError, match=r"decides its input size .* leave out extract\.input_px, extract\.block"):
         resolve_teacher(ExtractConfig(teacher=str(path), input_px=256, block=3))
+
+
+def test_stage_channels_that_do_not_fit_are_told(tmp_path: Path) -> None:
+    text = SPEC + "def teacher():\n    return torch.nn.Identity(), TeacherSpec(\n"
+    text += "        name='x', input_px=32, patch_px=8, channels=3, stage_channels=(8, 16){more})\n"
+    for more in ("", ", block=2"):
+        path = write(tmp_path, text.replace("{more}", more))
+        with pytest.raises(ConfigError, match=r"stage_channels are \[8, 16\], but channels is 3 and block (-1|2); "):
+            identify_teacher(str(path))
 
 
 # ---- names as folders, and light listings ----------------------------------------------------------------------------
