@@ -105,10 +105,10 @@ def extract_shard(
 def _named(error: Exception, store: OpenStore) -> Exception:
     """The same error, saying whose it is."""
     name = store.plan.features.teacher
+    named: Exception = RuntimeError(f"teacher {name!r}: {type(error).__name__}: {error}")
     if isinstance(error, DecantError):
-        named: Exception = type(error)(f"teacher {name!r}: {error}")
-    else:
-        named = RuntimeError(f"teacher {name!r}: {type(error).__name__}: {error}")
+        named = ours = type(error)(f"teacher {name!r}: {error}")
+        ours.then = error.then
     named.__cause__ = error
     return named
 

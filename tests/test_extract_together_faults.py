@@ -190,6 +190,21 @@ def test_a_teacher_that_fails_is_given_up_and_the_other_store_is_finished(
     assert not (tmp_path / "large" / "manifest.json").exists()
 
 
+def test_an_error_keeps_what_to_do_about_it(
+    alone: tuple[Path, Files], fail_at: Callable[[int, Exception | float], None], tmp_path: Path
+) -> None:
+    failure = InputError("no room")
+    failure.then = "decant make-room"
+    stores = targets(tmp_path, ["tars", "large"])
+    run_together(stores, {"data": alone[0]})
+    receipt_path(tmp_path / "large", 2).unlink()
+    receipt_path(tmp_path / "tars", 2).unlink()
+    fail_at(1, failure)
+    with pytest.raises(InputError, match=r"^teacher 'toy': no room$") as caught:
+        run_together(stores, {"data": alone[0]})
+    assert caught.value.then == "decant make-room"
+
+
 def test_unusable_images_count_in_shards_that_another_store_gave_up(
     make_images: Callable[..., Path], make_index: MakeIndex, fail_at: Callable[[int, Exception | float], None],
     tmp_path: Path,
