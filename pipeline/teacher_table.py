@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
+from extract.resolve import HOW_TO_NAME_OTHERS
 from extract.spec import TeacherSpec
 
 _DETAILS = ("licence", "weights", "model")
@@ -32,7 +33,7 @@ def teacher_lines(specs: Iterable[TeacherSpec], width: int | None) -> Iterator[s
     yield ""
     yield "* the paper's. prefix: CLS and registers. GFLOP: a view's forward pass. kB: a view's tokens in fp16."
     yield "your file: on no hub; WEIGHTS=<file> is yours, WEIGHTS=random shows what such a teacher costs."
-    yield "Others: TEACHER=timm:NAME, TEACHER=open_clip:NAME/TAG, or your own Python file, TEACHER=FILE.py."
+    yield f"Others: TEACHER={HOW_TO_NAME_OTHERS}, a Python file of your own."
 
 
 def _cells(spec: TeacherSpec) -> tuple[str, ...]:
