@@ -9,7 +9,7 @@ from extract.hub import fetch_weights
 from extract.spec import TeacherSpec
 from extract.teacher import Teacher, choose_device
 from extract.weights import WeightsSource, load_weights_file, locate_weights
-from storage.errors import ConfigError, DecantError
+from storage.errors import ConfigError, DecantError, first_line
 
 BUILDERS = {
     "timm": "extract.timm_teachers",
@@ -32,6 +32,7 @@ def load_teacher(
 
     Raises:
         InputError: weights that cannot be had or do not fit.
+        ConfigError: no such device, tap or block; no such weights; a network that the library cannot build so.
     """
     path = locate_weights(spec, weights)
     if path is None and weights is None and spec.weights.startswith("hub"):
@@ -55,7 +56,7 @@ def _build(spec: TeacherSpec) -> Built:
     except DecantError:
         raise
     except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"{spec.library} cannot build {spec.model} of teacher {spec.name!r} at {spec.input_px} px: {first}"
+            f"{spec.library} cannot build {spec.model} of teacher {spec.name!r} at {spec.input_px} px: "
+            f"{first_line(error)}"
         ) from error

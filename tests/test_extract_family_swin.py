@@ -109,5 +109,5 @@ def test_what_does_not_belong_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"missing none; unexpected 1 \(layers\.4\.x\)"):
         load_teacher(spec, weights=path)
     row = find_teacher("dino-s").model_copy(update={"checkpoint_branch": "student"})
-    with pytest.raises(InputError, match=r"named like those of a Swin: is it for another teacher\?"):
+    with pytest.raises(InputError, match="patches are 4 x 4 px, expected 16 x 16: it is another network's file"):
         load_teacher(row, weights=path)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from extract.backends import load_teacher
 from extract.spec import TeacherSpec
 from extract.teachers import TEACHERS, find_teacher
-from extract.weights import locate_weights, tensor_fingerprint, weights_identity
-from storage.errors import InputError
+from extract.weights import load_weights_file, locate_weights, tensor_fingerprint, weights_identity
+from storage.errors import ConfigError, InputError
 
 TOY = find_teacher("toy")
 State = dict[str, torch.Tensor]
@@ -184,7 +184,70 @@ def test_a_counter_that_a_file_lacks_is_no_reason_to_refuse_it(tmp_path: Path) -
     assert load_teacher(spec, weights=path).fingerprint == tensor_fingerprint(full)
 
 
+@pytest.mark.parametrize(
+    ("changes", "listed"),
+    [
+        ({"mix.weight": torch.ones(24, 24, dtype=torch.int8)}, "1 (mix.weight of torch.int8, expected torch.float32)"),
+        (
+            {"mix.bias": torch.ones(24, dtype=torch.complex64)},
+            "1 (mix.bias of torch.complex64, expected torch.float32)",
+        ),
+        ({"mix.bias": torch.tensor([0.0] * 23 + [torch.nan])}, "1 (mix.bias with values that are not finite)"),
+        ({"mix.bias": torch.tensor([-torch.inf] + [0.0] * 23).half()}, "1 (mix.bias with values that are not finite)"),
+        ({"mix.bias": torch.full((24,), 1e300, dtype=torch.float64)}, "1 (mix.bias with values that are not finite)"),
+        (
+            {"norm.bias": torch.full((24,), torch.nan), "norm.weight": torch.ones(24, dtype=torch.int64)},
+            "2 (norm.weight of torch.int64, expected torch.float32, norm.bias with values that are not finite)",
+        ),
+    ],
+)
+def test_tensors_that_are_no_weights_are_listed(changes: State, listed: str, state: State, tmp_path: Path) -> None:
+    path = save_safetensors(tmp_path / "w", state | changes)
+    with pytest.raises(InputError) as caught:
+        load_teacher(TOY, weights=path)
+    assert str(caught.value) == f"{path} does not fit teacher 'toy' (toy): not usable {listed}"
+
+
+def test_masks_that_are_infinite_by_themselves_and_whole_numbers_load(tmp_path: Path) -> None:
+    class Masked(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+            self.register_buffer("index", torch.tensor([1, 2]))
+
+    module = Masked()
+    path = save_safetensors(tmp_path / "w", {"mask": module.mask, "index": torch.tensor([3, 4], dtype=torch.int16)})
+    load_weights_file(module, TOY, path, lambda state: state)
+    assert module.index.tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("value", [torch.tensor(7), torch.tensor(7.0)])
+def test_counters_of_batches_are_no_part_of_a_teacher(value: torch.Tensor, tmp_path: Path) -> None:
+    module = torch.nn.BatchNorm2d(3)
+    known = tensor_fingerprint(module.state_dict())
+    state = module.state_dict() | {"num_batches_tracked": value}
+    load_weights_file(module, TOY, save_safetensors(tmp_path / "w", state), lambda state: state)
+    assert tensor_fingerprint(module.state_dict()) == tensor_fingerprint(state) == known
+    del state["num_batches_tracked"]
+    assert tensor_fingerprint(state) == known
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "told"),
+    [
+        ("package:torch", ConfigError, "expected package:<module>:<path"),
+        ("package::x.pth", ConfigError, "expected package:<module>:<path"),
+        ("package:no_such_thing:x.pth", InputError, "`pip install no-such-thing`"),
+        ("package:no_such_thing.part:x.pth", InputError, "`pip install no-such-thing`"),
+        ("package:torch:x.pth", InputError, r"the package torch has no file \S+torch/x\.pth"),
+    ],
+)
+def test_a_file_in_a_package_is_there_or_told(weights: str, error: type[Exception], told: str) -> None:
+    with pytest.raises(error, match=told):
+        locate_weights(TOY.model_copy(update={"weights": weights}), None)
+
+
 def test_weights_without_a_source_ask_for_a_file() -> None:
-    with pytest.raises(InputError, match="cannot be downloaded from anywhere: give a file with WEIGHTS=<file>"):
+    with pytest.raises(InputError, match="are on no hub: give a file with WEIGHTS=<file>"):
         locate_weights(find_teacher("swinv2-g"), None)
     assert locate_weights(find_teacher("swinv2-g"), "random") is None
