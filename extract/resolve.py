@@ -3,6 +3,8 @@
 import difflib
 import functools
 import importlib
+import os
+from typing import Any
 
 from extract.config import ExtractConfig
 from extract.spec import TeacherSpec
@@ -11,6 +13,8 @@ from storage.errors import ConfigError
 
 OF_A_LIBRARY = {"timm:": "extract.timm_teachers", "open_clip:": "extract.open_clip_teachers"}
 """What the names of a library's own models begin with, and the module that describes them."""
+MOVED = ("input_px", "tap", "block")
+"""Settings that change a row."""
 HOW_TO_NAME_OTHERS = "timm:NAME, open_clip:NAME/TAG or FILE.py"
 
 
@@ -48,3 +52,22 @@ def resolve_teacher(cfg: ExtractConfig) -> TeacherSpec:
         ConfigError: no such teacher, or no such tap of it.
     """
     return identify_teacher(cfg.teacher).at(input_px=cfg.input_px, tap=cfg.tap, block=cfg.block)
+
+
+def resolve_settings(cfg: ExtractConfig) -> ExtractConfig:
+    """The same settings, worded alike by whoever asks for the same tokens: a teacher's name in full, and None for what
+    its own row says anyway.
+
+    Raises what `resolve_teacher` does.
+    """
+    own, spec = identify_teacher(cfg.teacher), resolve_teacher(cfg)
+    found: dict[str, Any] = {name: getattr(spec, name) for name in MOVED}
+    changes = {name: None if value == getattr(own, name) else value for name, value in found.items()}
+    name = os.path.normpath(cfg.teacher) if own.code_digest else own.name
+    return cfg.model_copy(update=changes | {"teacher": name})
+
+
+def settings_identity(cfg: ExtractConfig) -> dict[str, Any]:
+    """What decides a store beside images and weights: `identity` with all that is known of the teacher for its name."""
+    others = {name: value for name, value in cfg.identity().items() if name not in MOVED}
+    return others | {"teacher": resolve_teacher(cfg).identity()}

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from extract.config import ExtractConfig
-from extract.resolve import resolve_teacher
+from extract.resolve import resolve_settings, resolve_teacher, settings_identity
 from extract.weights import weights_identity
 from pipeline.config import PipelineConfig, differences
 from pipeline.stages import STAGES, Stage, needs, upstream
@@ -72,9 +72,8 @@ def make_plan(
     Raises:
         ConfigError, InputError: settings or data that cannot work.
     """
-    variants = {name: config.led_by(name) for name in config.teachers if name != config.extract.teacher}
-    for variant in (config, *variants.values()):
-        resolve_teacher(variant.extract)
+    resolved = _resolved(config)
+    variants = {name: _resolved(config.led_by(name)) for name in config.teachers if name != config.extract.teacher}
     if "evaluate" in names:
         _check_whitening(config)
     index = _list_images(config, workspace, progress)
@@ -84,7 +83,7 @@ def make_plan(
         write_file(data_path, listing)
     plans: dict[str, StagePlan] = {}
     for name in upstream(names, config):
-        plans[name] = _plan_stage(STAGES[name], config, workspace, index, plans, name in set(again))
+        plans[name] = _plan_stage(STAGES[name], resolved, workspace, index, plans, name in set(again))
     extract, is_named = STAGES["extract"], "extract" in names
     also = {
         name: _plan_stage(extract, variant, workspace, index, plans, extract.name in set(again))
@@ -92,6 +91,10 @@ def make_plan(
         if is_named
     }
     return Plan(config, workspace, index, data_path, plans, also)
+
+
+def _resolved(config: PipelineConfig) -> PipelineConfig:
+    return config.model_copy(update={"extract": resolve_settings(config.extract)})
 
 
 def _check_whitening(config: PipelineConfig) -> None:
@@ -133,11 +136,11 @@ def _plan_stage(
         inputs["store"] = load_manifest(open_files(store)).fingerprint
     if stage.data:
         inputs["data"] = index.fingerprint if stage.data == "all" else index.split(stage.data).fingerprint
+    identity = settings.identity()
     if isinstance(settings, ExtractConfig):
         inputs["weights"] = weights_identity(resolve_teacher(settings), settings.weights)
-    fingerprint = digest_json(
-        {"stage": stage.name, "version": stage.version, "settings": settings.identity(), "inputs": inputs}
-    )
+        identity = settings_identity(settings)
+    fingerprint = digest_json({"stage": stage.name, "version": stage.version, "settings": identity, "inputs": inputs})
     folder = workspace.stage_dir(stage, stage.label(config), fingerprint)
     finish_exchange(folder)
 

@@ -95,6 +95,36 @@ def test_how_to_work_changes_nothing(plan: Callable[..., Plan], text: str) -> No
     assert changed(plan(), plan(text)) == set()
 
 
+@pytest.mark.parametrize(
+    ("teacher", "same", "other"),
+    [
+        ("toy", ["tap=final_norm", "input_px=32", "block=-1"], "block=0"),
+        ("esvit-b", ["block=3", "tap=final_norm", "input_px=224"], "input_px=448"),
+        ("esvit-b-stage3", ["block=2", "block=-2", "tap=block"], "block=-3"),
+        ("timm:test_vit", ["teacher=timm:test_vit.r160_in1k", "tap=final_norm", "input_px=160"], "tap=block"),
+        ("mine.py", ["teacher=./mine.py", "teacher=elsewhere/../mine.py", "teacher=there/mine.py"], "teacher=toy"),
+    ],
+)
+def test_what_a_teacher_is_anyway_can_be_said_too(
+    plan: Callable[..., Plan], teacher: str, same: list[str], other: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "there").mkdir()
+    text = "import torch\nfrom extract.spec import TeacherSpec\ndef teacher():\n"
+    text += "    return torch.nn.Identity(), TeacherSpec(name='x', input_px=32, patch_px=8, channels=3)\n"
+    for path in (tmp_path / "mine.py", tmp_path / "there" / "mine.py"):
+        path.write_text(text)
+    common = [f"extract.teacher={teacher}", *(["extract.weights=random"] if "esvit" in teacher else [])]
+    before = plan(*common)
+    for setting in same:
+        after = plan(*common, f"extract.{setting}")
+        assert changed(before, after) == set(), setting
+        assert after.stages["extract"].folder == before.stages["extract"].folder
+    assert changed(before, plan(*common, "extract.tap=block", f"extract.{other}")) == set(ALL)
+
+
 def test_every_setting_is_classified() -> None:
     """A new setting is part of its stage's identity unless its class says that it cannot change a result."""
     config = load_preset("smoke")
