@@ -7,6 +7,7 @@ from typing import Any
 from extract.cluster import FailedJob
 from extract.config import ExtractConfig
 from extract.plan import PlannedStore
+from extract.weights import WeightsSource
 from storage.errors import InputError, QuarantineError
 from storage.folder import create_store, finish_store, sweep
 from storage.image_list import ImageList
@@ -83,6 +84,7 @@ class Filling:
         return {
             "store_fingerprint": manifest.fingerprint,
             "teacher": self.cfg.teacher,
+            "weights": None if self.cfg.weights is None else _place(self.cfg.weights),
             "images": plan.num_images,
             "views_per_image": plan.views_per_image,
             "records": manifest.num_records,
@@ -101,6 +103,11 @@ class Filling:
                 round(sum(entry.num_records for entry in made) / seconds, 2) if made else None
             ),
         }
+
+
+def _place(weights: WeightsSource) -> str:
+    """Where a file is found again from another folder."""
+    return weights if weights == "random" else str(weights.expanduser().resolve())
 
 
 def find_receipts(stores: Sequence[tuple[Path, StorePlan]], index: int) -> tuple[ShardEntry, ...] | None:

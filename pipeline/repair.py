@@ -2,20 +2,22 @@
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from extract.config import ExtractConfig
+from extract.resolve import resolve_teacher
+from extract.weights import WeightsSource, weights_identity
 from pipeline.config import PipelineConfig
 from pipeline.workspace import Workspace, load_current, read_result
-from storage.errors import ConfigError, DamagedError, DecantError
+from storage.errors import ConfigError, DamagedError, DecantError, InputError
 from storage.folder import find_plan
 from storage.image_index import load_index
 from storage.lock import hold_lock
 from storage.reader import open_store
 from storage.records import StorePlan
-from storage.stage import Progress
+from storage.stage import Progress, StageResult
 from storage.verify import STORE, Damage, check_structure, discard_shard, iter_data_damage, sample_shards
 
 
@@ -112,30 +114,65 @@ def _same_whitening(workspace: Workspace, root: Path, cfg: ExtractConfig, plan: 
 
 
 def _settings_of(workspace: Workspace, root: Path, plan: StorePlan | None) -> ExtractConfig:
-    """The settings that a store was extracted with; how to work comes from the last command."""
+    """The settings that a store was extracted with; how to work comes from the last command.
+
+    Raises:
+        ConfigError: nothing tells them, or where the weights are.
+    """
     current = load_current(workspace)
     before = PipelineConfig.checked(current, str(workspace.current_path)) if current else None
+    variants = [before.led_by(name) for name in before.teachers] if before else []
     result = read_result(root)
     if result is not None:
-        made_with = ExtractConfig.checked(result.config, f"{root}/result.json")
+        cfg = ExtractConfig.checked(result.config, f"{root}/result.json")
+        weights = _find_weights(root, cfg, result, [variant.extract.weights for variant in variants])
+        cfg = cfg.model_copy(update={"weights": weights})
     else:
-        variants = [before.led_by(name) for name in before.teachers] if before else []
         candidates = [cfg for variant in variants for cfg in (variant.extract, variant.extract_eval)]
-        fitting = [
-            cfg for cfg in candidates
-            if plan and (cfg.teacher, cfg.views, cfg.sampler.to_json())
-            == (plan.features.teacher, plan.views_per_image, plan.sampler)
-        ]  # fmt: skip
+        fitting = [cfg for cfg in candidates if plan is not None and _is_made_with(cfg, plan)]
         if not fitting:
             raise ConfigError(
                 f"{root} has no readable result.json and is not of the last command's settings, so nothing tells how "
                 "it was made; give the command that made it, with its options and --work, then `make repair` again"
             )
-        made_with = fitting[0]
+        cfg = fitting[0]
     changes: dict[str, object] = {"max_bad_fraction": 1.0}  # the store's bad images were accepted once
     if before is not None:
-        changes |= {"run": before.extract.run, "weights": before.teachers.get(made_with.teacher)}
-    return made_with.model_copy(update=changes)
+        changes["run"] = before.extract.run
+    if plan is not None and "precision" in plan.teacher:
+        changes["precision"] = plan.teacher["precision"]
+    return cfg.model_copy(update=changes)
+
+
+def _is_made_with(cfg: ExtractConfig, plan: StorePlan) -> bool:
+    """Whether settings are those of a store, as far as its plan tells."""
+    with contextlib.suppress(DecantError):
+        features = resolve_teacher(cfg).feature_spec()
+        return (features, cfg.views, cfg.sampler.to_json()) == (plan.features, plan.views_per_image, plan.sampler)
+    return False
+
+
+def _find_weights(
+    root: Path, cfg: ExtractConfig, result: StageResult, named: Iterable[WeightsSource | None]
+) -> WeightsSource | None:
+    """Where the weights are that a store was made with: the teacher's own source, or what commands gave instead.
+
+    Args:
+        named: by the last command.
+
+    Raises:
+        ConfigError: none of these is it any more.
+    """
+    spec, made_with = resolve_teacher(cfg), result.metrics.get("weights")
+    for source in (None, "random", *named, Path(made_with) if made_with else None):
+        with contextlib.suppress(InputError):
+            if weights_identity(spec, source) == result.inputs["weights"]:
+                return source
+    what = "weights or code" if spec.code_digest else "weights"
+    raise ConfigError(
+        f"{root} was made with other {what}{f' ({made_with})' if made_with else ''} of teacher {cfg.teacher!r} than "
+        "are there now; give the command that made it, with WEIGHTS=<file> (--weights), then `make repair` again"
+    )
 
 
 def _find_images(workspace: Workspace, root: Path, plan: StorePlan | None) -> Path:
