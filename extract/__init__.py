@@ -9,6 +9,7 @@ weights.py     where a teacher's weights come from, and their fingerprint
   torchscript.py         OpenAI's TorchScript archives, read as data
   inert_pickle.py        the structure of torch's files, with nothing that could run
   hub.py                 files of the hub: from its cache, or downloaded, or one line that says why not
+  download.py            a file behind a plain URL, whole or not at all
 backends.py    a teacher's row of data to a module that gives tokens, by its library's builder:
   timm_teachers.py       timm's networks
   open_clip_teachers.py  open_clip's image towers

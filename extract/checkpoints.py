@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from extract.inert_pickle import MOST_BYTES, NoPickleError, RefusedError, read_inert
-from extract.torchscript import Record, is_torchscript, list_records, read_torchscript
+from extract.torchscript import AGAIN, Record, is_torchscript, list_records, read_torchscript
 from storage.errors import InputError, first_line
 
 _MOST_SHARING = 4
@@ -126,7 +126,7 @@ def _look_through(path: Path, structure: Record | None) -> None:
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path} is not a readable weights file: {first_line(error)}")
+    return InputError(f"{path} is not a readable weights file: {first_line(error)}; {AGAIN}")
 
 
 def _choose_network(path: Path, content: Any, branch: str) -> Mapping[str, Any]:

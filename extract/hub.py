@@ -4,24 +4,14 @@ The libraries' own downloads try for about a minute without a network, even wher
 load what they get with gaps. So they are asked only which file they mean; it is then loaded like any other.
 """
 
-import contextlib
-import socket
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
+from extract.download import FIRST_CONTACT_SECONDS, download_file, first_contact
 from extract.spec import TeacherSpec
-from storage.errors import ConfigError, InputError
-
-FIRST_CONTACT_SECONDS = 10.0
-"""For a name server and the hub to answer at all; afterwards a download may take what it takes."""
-_SILENCE_SECONDS = 30.0
-"""Without a byte, in a download by URL."""
-
-Answer = TypeVar("Answer")
+from storage.errors import ConfigError, DecantError, InputError, first_line
 
 
 class Published(NamedTuple):
@@ -105,12 +95,17 @@ def _cached(published: Published) -> Path | None:
 
 def _download(spec: TeacherSpec, published: Published) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     refusals: list[Exception] = []
     for name in published.names:
         try:
-            _within(FIRST_CONTACT_SECONDS, partial(_ask_for, published, name))
+            first_contact(partial(_ask_for, published, name))
             return Path(hf_hub_download(published.repo, name, revision=published.revision))
         except GatedRepoError as error:
             raise InputError(
@@ -123,6 +118,8 @@ def _download(spec: TeacherSpec, published: Published) -> Path:
                 f"the hub knows no {published.repo} (teacher {spec.name!r}), or not for you: log in with `hf auth "
                 "login` if it is private; or give WEIGHTS=<file>"
             ) from error
+        except LocalEntryNotFoundError as error:  # neither in the cache nor to be had: the network is lost
+            raise _not_had(spec, published, error) from error
         except EntryNotFoundError as error:
             refusals.append(error)
         except Exception as error:  # of any of the libraries below the hub's
@@ -139,56 +136,20 @@ def _ask_for(published: Published, name: str) -> object:
 
 
 def _fetch_url(spec: TeacherSpec, published: Published) -> Path:
-    from urllib.parse import urlsplit
-
     import torch
 
-    address = urlsplit(published.url)
-    target = Path(torch.hub.get_dir(), "checkpoints", Path(address.path).name)
-    if target.is_file():
-        return target
     try:
-        _within(FIRST_CONTACT_SECONDS, lambda: socket.getaddrinfo(address.hostname, address.port or 443))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _patience(_SILENCE_SECONDS):
-            torch.hub.download_url_to_file(published.url, str(target), progress=False)
-    except Exception as error:
+        return download_file(published.url, Path(torch.hub.get_dir(), "checkpoints"))
+    except DecantError:
+        raise
+    except Exception as error:  # of any of the libraries below urllib's
         raise _not_had(spec, published, error) from error
-    return target
-
-
-def _within(seconds: float, ask: Callable[[], Answer]) -> Answer:
-    """What `ask` returns, or its error, or TimeoutError: a name server's silence has no other limit."""
-    answer: Future[Answer] = Future()
-
-    def work() -> None:
-        try:
-            answer.set_result(ask())
-        except BaseException as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        return answer.result(timeout=seconds)
-    except TimeoutError as error:
-        raise TimeoutError(f"no answer within {seconds:.0f} s") from error
-
-
-@contextlib.contextmanager
-def _patience(seconds: float) -> Iterator[None]:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def _not_had(spec: TeacherSpec, published: Published, error: Exception) -> InputError:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    cause: Any = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-    first = (str(cause).splitlines() or [""])[0][:200] or type(cause).__name__
+    first = first_line(error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error)
     if published.repo:
         ways = (
             f"it is not in the cache {HF_HUB_CACHE} either. Where there is a network, `hf download {published.repo} "

@@ -23,6 +23,8 @@ _DTYPES = {
     "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
     "Bool": torch.bool,
 }  # fmt: skip
+AGAIN = "if it was downloaded, delete it, and it is downloaded again"
+"""What to do with a file whose bytes make no sense."""
 _LOCAL_HEADER_BYTES = 30
 _LONGEST_NAME = 250
 """Of a tensor, with the modules that it is in."""
@@ -50,7 +52,7 @@ def list_records(path: Path) -> dict[str, Record]:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             return _records(path, archive.infolist(), file.seek(0, 2))
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, IndexError) as error:
-        raise InputError(f"{path} is not a readable archive of weights, or is cut off ({error})") from error
+        raise InputError(f"{path} is not a readable archive of weights, or is cut off ({error}); {AGAIN}") from error
 
 
 def _records(path: Path, entries: list[zipfile.ZipInfo], file_bytes: int) -> dict[str, Record]:
@@ -184,6 +186,6 @@ class _Archive:
         if name not in self._sound:
             with memoryview(self._content) as view, view[record.start : record.start + record.num_bytes] as part:
                 if zlib.crc32(part) != record.crc32:
-                    raise InputError(f"{self.path}: record {name} is damaged (its crc32 differs); download it again")
+                    raise InputError(f"{self.path}: record {name} is damaged (its crc32 differs); {AGAIN}")
             self._sound.add(name)
         return record
