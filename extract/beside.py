@@ -3,6 +3,7 @@ of another file under the same name."""
 
 import ast
 import contextlib
+import functools
 import importlib
 import sys
 import threading
@@ -20,24 +21,26 @@ def modules_beside(file: Path) -> dict[str, Path]:
     """The modules in a file's folder that it imports, and those that these import, by dotted name; read from the import
     statements, also those inside functions. Nothing is run."""
     folder, found = file.resolve().parent, dict[str, Path]()
-    waiting = _imports(file, package="")
+    waiting = [*_imports(file.read_bytes(), package="")]
     while waiting:
         name = waiting.pop()
         path = _place(folder, name)
         if path is not None and name not in found and _top(name) not in _OURS:
             found[name] = path
-            waiting += _imports(path, package=name if path.stem == "__init__" else name.rpartition(".")[0])
+            package = name if path.stem == "__init__" else name.rpartition(".")[0]
+            waiting += _imports(path.read_bytes(), package)
     return found
 
 
-def _imports(path: Path, package: str) -> list[str]:
+@functools.lru_cache(maxsize=4096)  # plans ask several times, perhaps about a large package
+def _imports(source: bytes, package: str) -> list[str]:
     """Dotted names that a file may import, with the packages that they are in.
 
     Args:
         package: of the file, for its relative imports.
     """
     try:
-        tree = ast.parse(path.read_bytes())
+        tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return []  # whoever imports it says so
     names = []

@@ -37,7 +37,7 @@ class TeacherSpec(Schema):
     an installed package; `file`: on no hub, the user has one; `module`: the module brings its own;
     `random`: none, from a seed."""
     code_digest: str = ""
-    """Of the user's file that makes it."""
+    """Of the user's file that makes it, and of the modules beside it that it imports."""
     checkpoint_branch: str = ""
     """Of upstream files that hold several networks (`student`, `teacher`), the one that is the teacher."""
     left_out: tuple[str, ...] = ()

@@ -38,7 +38,11 @@ _SWIN_B, _SWIN_L = {"stage_channels": (128, 256, 512, 1024)}, {"stage_channels":
 _SWIN = _TIMM | {"licence": "MIT", "left_out": ("head.",)}
 _DINOV2 = _TIMM | {"licence": "Apache-2.0", "left_out": ("mask_token",)}
 _DINOV3 = _TIMM | {"licence": "DINOv3-License", "left_out": ("mask_token",)}
-_EVA02 = _TIMM | {"licence": "MIT", "mean": CLIP_MEAN, "std": CLIP_STD, "left_out": ("head.", "mask_token", "lm_head.")}
+_EVA02 = _TIMM | {
+    "licence": "MIT", "mean": CLIP_MEAN, "std": CLIP_STD, "left_out": ("head.", "mask_token", "lm_head."),
+    "tap": "final_norm",
+}  # fmt: skip
+"""timm has their norm behind the pooling, but they were pretrained with it on every token."""
 _RADIO = _TIMM | {"licence": "NVIDIA-Open-Model-License", "mean": CLIP_MEAN, "std": CLIP_STD, "tap": "block"}
 _SAM = _TIMM | {"licence": "Apache-2.0", "tap": "block", "left_out": ("prompt_encoder.", "mask_decoder.")}
 _FCMAE = _TIMM | {"licence": "CC-BY-NC-4.0", "tap": "block", "left_out": ("decoder.", "mask_token", "proj.", "pred.")}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from extract.teachers import TEACHERS
 from pipeline.config import PipelineConfig, apply_overrides, parse_assignment
 from pipeline.planning import Plan, make_plan
 from pipeline.presets import load_preset
@@ -123,6 +124,14 @@ def test_what_a_teacher_is_anyway_can_be_said_too(
         assert changed(before, after) == set(), setting
         assert after.stages["extract"].folder == before.stages["extract"].folder
     assert changed(before, plan(*common, "extract.tap=block", f"extract.{other}")) == set(ALL)
+
+
+def test_a_row_that_is_corrected_makes_another_store(
+    plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = plan()
+    monkeypatch.setitem(TEACHERS, "toy", TEACHERS["toy"].model_copy(update={"mean": (0.5, 0.5, 0.5)}))
+    assert changed(before, plan()) == set(ALL)
 
 
 def test_every_setting_is_classified() -> None:
