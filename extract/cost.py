@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from extract.built import Forward
 from extract.spec import TeacherSpec
-from storage.errors import ConfigError
+from storage.errors import ConfigError, first_line
 
 
 def with_cost(spec: TeacherSpec, module: nn.Module, forward: Forward) -> TeacherSpec:
@@ -20,9 +20,9 @@ def with_cost(spec: TeacherSpec, module: nn.Module, forward: Forward) -> Teacher
         with torch.device("meta"), torch.inference_mode(), FlopCounterMode(display=False) as counter:
             tokens_BTC = forward(torch.empty(1, 3, spec.input_px, spec.input_px))
     except Exception as error:  # whatever a network of any kind may say
-        first = (str(error).splitlines() or [""])[0]
         raise ConfigError(
-            f"{spec.library}'s {spec.model} cannot be tapped at its {spec.tap}: {type(error).__name__}: {first}"
+            f"{spec.library}'s {spec.model} cannot be tapped at its {spec.tap}: {type(error).__name__}: "
+            f"{first_line(error)}"
         ) from error
     found, expected = tuple(tokens_BTC.shape[1:]), spec.feature_spec().shape_TC
     if found != expected:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from extract.beside import Beside, modules_beside
 from extract.built import Built
 from extract.spec import TeacherSpec
-from storage.errors import ConfigError, InputError
+from storage.errors import ConfigError, InputError, first_line
 from storage.fingerprint import digest_file, digest_parts, short
 from storage.schema import first_problem
 
@@ -148,5 +148,5 @@ def _where_it_failed(error: Exception, path: Path) -> str:
     """One line: the error, and the last line of the user's file that it came through."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
-    first = first_problem(error) if isinstance(error, ValidationError) else (str(error).splitlines() or [""])[0]
+    first = first_problem(error) if isinstance(error, ValidationError) else first_line(error)
     return f"{type(error).__name__}: {first}" + (f" (line {line} of {path})" if line else "")
