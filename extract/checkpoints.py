@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from extract.inert_pickle import MOST_BYTES, NoPickleError, RefusedError, read_inert
-from extract.torchscript import AGAIN, Record, is_torchscript, list_records, read_torchscript
+from extract.torchscript import AGAIN, Record, check_records, is_torchscript, list_records, read_torchscript
 from storage.errors import InputError, first_line
 
 _MOST_SHARING = 4
@@ -74,7 +74,10 @@ def _read(path: Path) -> Any:
     if not start.startswith(b"PK"):
         return _read_torch(path, {})
     records = list_records(path)
-    return read_torchscript(path, records) if is_torchscript(records) else _read_torch(path, records)
+    if is_torchscript(records):
+        return read_torchscript(path, records)
+    check_records(path, records)
+    return _read_torch(path, records)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from extract.checkpoints import read_checkpoint
+from extract.torchscript import list_records
 from storage.errors import InputError
 
 ONE, OTHER = {"a.w": torch.ones(2)}, {"a.w": torch.zeros(2)}
@@ -106,3 +107,22 @@ def test_a_few_bytes_that_many_tensors_share_are_refused(tmp_path: Path) -> None
     assert len(read_checkpoint(save({"a": whole, "tied": whole}, tmp_path / "w.pth"))) == 2
     with pytest.raises(InputError, match="most are the same bytes"):
         read_checkpoint(save({str(i): whole for i in range(100)}, tmp_path / "w.pth"))
+
+
+def test_a_flip_in_a_tensor_is_noticed(tmp_path: Path) -> None:
+    path = save({"a": torch.arange(1000.0), "b": torch.ones(10)}, tmp_path / "w.pth")
+    whole = path.read_bytes()
+    at = list_records(path)["data/0"].start + 100
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    with pytest.raises(InputError, match="record data/0 is damaged"):
+        read_checkpoint(path)
+
+
+def test_a_file_without_checksums_is_read(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = save(ONE, tmp_path / "w.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert {record.crc32 for record in list_records(path).values()} == {0}
+    assert torch.equal(read_checkpoint(path)["a.w"], ONE["a.w"])
