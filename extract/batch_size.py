@@ -46,7 +46,7 @@ def _estimated_view_bytes(teacher: Teacher) -> int:
     spec, (tokens, channels) = teacher.spec, teacher.features.shape_TC
     values = [tokens * channels, 3 * spec.input_px**2]
     if spec.stage_channels:
-        first_px = spec.patch_px / 2 ** spec.stage_channels.index(spec.channels)
+        first_px = spec.patch_px / 2 ** (spec.block % len(spec.stage_channels))
         values.append(int((spec.input_px / first_px) ** 2) * spec.stage_channels[0])
     attention_bytes = 4 * _ATTENTION_COPIES * tokens**2 * -(-channels // _HEAD_CHANNELS)
     return max(4 * _LIVE_COPIES * max(values), attention_bytes)

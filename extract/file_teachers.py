@@ -24,6 +24,9 @@ from storage.schema import first_problem
 
 DEFAULT_FUNCTION = "teacher"
 
+_FAILURES = (Exception, SystemExit)
+"""Of a user's code: one that exits would take our command with it, and look like its success."""
+
 
 class _Source(NamedTuple):
     path: Path
@@ -83,12 +86,12 @@ def build(spec: TeacherSpec) -> Built:
                 tokens_BTC: Tensor = module(images_BCHW)
         except torch.OutOfMemoryError:
             raise  # is answered with a smaller batch
-        except Exception as error:
+        except _FAILURES as error:
             shape = tuple(images_BCHW.shape)
             raise ConfigError(
                 f"the module of {spec.model} failed on images {shape}: {_where_it_failed(error, source.path)}"
             ) from error
-        found = tuple(tokens_BTC.shape) if isinstance(tokens_BTC, Tensor) else type(tokens_BTC).__name__
+        found = _kind(tokens_BTC)
         expected = (len(images_BCHW), *spec.feature_spec().shape_TC)
         if found != expected:
             raise ConfigError(
@@ -99,6 +102,13 @@ def build(spec: TeacherSpec) -> Built:
         return tokens_BTC
 
     return Built(module, forward)
+
+
+def _kind(made: Any) -> tuple[int, ...] | str:
+    """The shape of a tensor, or what else it is."""
+    if not isinstance(made, Tensor):
+        return type(made).__name__
+    return "a tensor on the meta device, without values," if made.is_meta else tuple(made.shape)
 
 
 def _make(source: _Source, beside: Beside) -> tuple[nn.Module, TeacherSpec]:
@@ -112,7 +122,7 @@ def _make(source: _Source, beside: Beside) -> tuple[nn.Module, TeacherSpec]:
     try:
         with beside.importable():
             made = function()
-    except Exception as error:
+    except _FAILURES as error:
         raise ConfigError(f"{where} failed: {_where_it_failed(error, source.path)}") from error
     if not (isinstance(made, tuple) and len(made) == 2):
         raise ConfigError(f"{where} returned {type(made).__name__}, expected (module, TeacherSpec)")
@@ -120,6 +130,10 @@ def _make(source: _Source, beside: Beside) -> tuple[nn.Module, TeacherSpec]:
     if not isinstance(module, nn.Module) or not isinstance(spec, TeacherSpec):
         found = f"({type(module).__name__}, {type(spec).__name__})"
         raise ConfigError(f"{where} returned {found}, expected (torch.nn.Module, extract.spec.TeacherSpec)")
+    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        raise ConfigError(
+            f"{where} returned a module on the meta device, which has no values; fill its weights in there"
+        )
     if spec.weights.startswith("hub"):
         raise ConfigError(
             f"{where} says weights={spec.weights!r}, but only a library's own models are downloaded; fill the module "
@@ -139,12 +153,12 @@ def _run_file(path: Path, beside: Beside) -> Any:
     try:
         with beside.importable():
             found.loader.exec_module(module)
-    except Exception as error:
+    except _FAILURES as error:
         raise ConfigError(f"{path} cannot be imported: {_where_it_failed(error, path)}") from error
     return module
 
 
-def _where_it_failed(error: Exception, path: Path) -> str:
+def _where_it_failed(error: BaseException, path: Path) -> str:
     """One line: the error, and the last line of the user's file that it came through."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from storage.errors import ConfigError
 from storage.records import FeatureSpec
@@ -32,7 +32,7 @@ class TeacherSpec(Schema):
     """The library's name of the architecture, with timm's tag."""
     options: dict[str, Any] = {}
     """Arguments for the library's builder, where its own model differs from the upstream one."""
-    weights: str = "module"
+    weights: str = Field(default="module", pattern=r"^(hub(:.+)?|package:[^:]+:.+|file|module|random)$")
     """Where they come from: `hub` or `hub:<tag>`: the library downloads them; `package:<module>:<path>`: a file inside
     an installed package; `file`: on no hub, the user has one; `module`: the module brings its own;
     `random`: none, from a seed."""
@@ -56,7 +56,7 @@ class TeacherSpec(Schema):
     projected_channels: int | None = None
     """Width of the space shared with text."""
     mean: Triple = IMAGENET_MEAN
-    std: Triple = IMAGENET_STD
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
     tap: Tap = "final_norm"
     block: int = -1
     """Counted from 0, or from the end if negative; of a hierarchical network, the stage."""

@@ -197,6 +197,18 @@ SPEC = "from extract.spec import TeacherSpec\nimport torch\n"
             "TeacherSpec(name='x', input_px=32, patch_px=8, channels=3, weights='hub')",
             "says weights='hub', but only a library's own models are downloaded",
         ),
+        (
+            SPEC + "def teacher():\n    return torch.nn.Linear(2, 2, device='meta'), "
+            "TeacherSpec(name='x', input_px=32, patch_px=8, channels=3)",
+            "returned a module on the meta device, which has no values",
+        ),
+        (
+            SPEC + "def teacher():\n    return torch.nn.Identity(), "
+            "TeacherSpec(name='x', input_px=32, patch_px=8, channels=3, std=(0, 1, 1), weights='weird')",
+            r"ValidationError: weights: .* \(and 1 more\) \(line 4 of ",
+        ),
+        ("import sys\nsys.exit(0)", r"cannot be imported: SystemExit: 0 \(line 2 of "),
+        ("def teacher():\n    raise SystemExit", r":teacher failed: SystemExit: SystemExit \(line 2 of "),
     ],
 )  # fmt: skip
 def test_mistakes_in_the_file_are_one_line_that_names_its_line(text: str, message: str, tmp_path: Path) -> None:
@@ -213,6 +225,8 @@ def test_mistakes_in_the_file_are_one_line_that_names_its_line(text: str, messag
         ("return images", r"gave \(1, 3, 32, 32\) for 1 images, expected tokens \(1, 16, 3\): its TeacherSpec says 0 "),
         ("return [images]", r"gave list for 1 images, expected tokens"),
         ("return images @ images.flatten()", r"failed on images \(1, 3, 32, 32\): RuntimeError: .* \(line 5 of "),
+        ("raise SystemExit(0)", r"failed on images \(1, 3, 32, 32\): SystemExit: 0 \(line 5 of "),
+        ("return images.to('meta')", r"gave a tensor on the meta device, without values, for 1 images"),
         ("return images.flatten(2)", r"gave \(1, 3, 1024\) for 1 images, expected tokens \(1, 16, 3\)"),
     ],
 )
