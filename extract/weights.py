@@ -20,7 +20,8 @@ WeightsSource = Path | Literal["random"]
 
 _COUNTER = "num_batches_tracked"
 """Of batch norms; not used in evaluation, and some exports leave it out."""
-_SHORT_LIST = 8
+_LONGEST_SHOWN = 120
+_SHORT_LIST = 20
 _KINDS = {
     "visual.": "a CLIP",
     "resblocks.": "CLIP's image tower",
@@ -208,7 +209,8 @@ def _compare(
 
 
 def _some(names: list[str]) -> str:
-    shown = names if len(names) <= _SHORT_LIST else [*names[:_SHORT_LIST], "..."]
+    shown = [ascii(name)[1:-1][:_LONGEST_SHOWN] for name in names[:_SHORT_LIST]]  # a name may hold anything
+    shown += ["..."] if len(names) > _SHORT_LIST else []
     return f"{len(names)} ({', '.join(shown)})" if names else "none"
 
 

@@ -251,3 +251,10 @@ def test_weights_without_a_source_ask_for_a_file() -> None:
     with pytest.raises(InputError, match="are on no hub: give a file with WEIGHTS=<file>"):
         locate_weights(find_teacher("swinv2-g"), None)
     assert locate_weights(find_teacher("swinv2-g"), "random") is None
+
+
+def test_names_of_tensors_are_shown_on_one_line_whatever_they_hold(state: State, tmp_path: Path) -> None:
+    path = save_safetensors(tmp_path / "odd", state | {"a\n\x1b[31mred" + "x" * 500: torch.zeros(1)})
+    with pytest.raises(InputError, match=r"unexpected 1 \(a\\n\\x1b\[31mredx+\)") as caught:
+        load_teacher(TOY, weights=path)
+    assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value) and len(str(caught.value)) < 400

@@ -154,9 +154,7 @@ def test_what_is_not_finite_is_refused_by_all(kind: str, value: float) -> None:
 def test_what_float16_cannot_hold_is_refused_with_what_to_do(kind: str) -> None:
     tokens = make_narrow()
     tokens[2, 1] = 1e6
-    with pytest.raises(
-        InputError, match=rf"beyond float16 as {kind} leaves them for 1 .* \(b/1\.png\).*=layer_norm\)"
-    ):
+    with pytest.raises(InputError, match=rf"beyond float16 as {kind} leaves them for 1 .* \(b/1\.png\).*=layer_norm\)"):
         whitener_of(kind)(tokens, KEYS)
     whitener_of("layer_norm")(tokens, KEYS)
     tokens[2, 1] = 65504 if kind == "none" else 1e3
