@@ -8,8 +8,8 @@ from pathlib import Path
 from tests.bench.results import Report, Row, Section
 
 PACKAGES = (
-    "numpy", "zarr", "numcodecs", "crc32c", "blake3", "simplejpeg", "cykooz-resizer", "torch", "torchvision", "pillow",
-    "tensorstore", "webdataset", "lmdb", "h5py", "safetensors", "pyarrow",
+    "numpy", "zarr", "numcodecs", "crc32c", "blake3", "simplejpeg", "cykooz-resizer", "torch", "torchvision", "timm",
+    "pillow", "tensorstore", "webdataset", "lmdb", "h5py", "safetensors", "pyarrow",
 )  # fmt: skip
 
 
