@@ -53,7 +53,7 @@ def _show_sizes(plan: Plan, images: int) -> None:
     """What the stores that are not there need, and what is free."""
     stores = [item for item in plan.stores() if item.action != "skip"]
     free = f"{shutil.disk_usage(nearest_existing(plan.workspace.root)).free / 1e9:,.0f} GB are free"
-    total = 0
+    total, costs = 0, []
     for item in stores:
         cfg = item.settings
         assert isinstance(cfg, ExtractConfig)
@@ -66,8 +66,16 @@ def _show_sizes(plan: Plan, images: int) -> None:
         needs = f"{images:,} images x {cfg.views} views x {each / 1e3:,.0f} kB = {needed / 1e9:,.2f} GB"
         tail = "" if len(stores) > 1 else f"; {free}"
         console.print(f"store ({whose}{cfg.layout}, {cfg.encoding.kind}): {needs}{tail}")
+        if spec.gflops and cfg.input_px is None and cfg.block is None:  # they were counted so
+            petaflops = images * cfg.views * spec.gflops / 1e6
+            costs.append(
+                f"teacher ({spec.name}): {spec.million_parameters:,.0f} M parameters, {spec.gflops:,.0f} GFLOP a view, "
+                f"{petaflops:,.3g} PFLOP in all"
+            )
     if len(stores) > 1:
         console.print(f"stores together: {total / 1e9:,.2f} GB; {free}; the images are read once for all of them")
+    for cost in costs:
+        console.print(cost)
 
 
 def show_results(plan: Plan, results: dict[str, StageResult]) -> None:

@@ -1,6 +1,7 @@
 """What `make teachers` prints."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,3 +40,17 @@ def test_the_command_prints_whole_lines_when_piped(decant: Callable[..., Any]) -
         "dinov3-7b 256 16x16 5 4096 6,716 M 3,549 2,138 DINOv3-License hub timm:vit_7b_patch16_dinov3.lvd1689m"
         in printed
     )
+
+
+def test_the_plan_says_what_a_teacher_costs(decant: Callable[..., Any], make_images: Callable[..., Path]) -> None:
+    """A view's operations, times images and views; not at another size, for which nobody has counted them."""
+    images = make_images(per_class=10)
+    count = 20
+    arguments = ("plan", "--teacher", "swinv2-g", "--weights", "random", "--data", images, "--set")
+    outcome = decant(*arguments, "data.eval_fraction=0")
+    assert f"{count} images to train on" in outcome.out
+    expected = (
+        f"teacher (swinv2-g): 2,998 M parameters, 1,007 GFLOP a view, {count * 4 * 1007.2 / 1e6:.3g} PFLOP in all"
+    )
+    assert expected in outcome.out
+    assert "GFLOP" not in decant(*arguments, "extract.input_px=192", "--set", "data.eval_fraction=0").out
