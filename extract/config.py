@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from extract.spec import Tap
+from extract.spec import Precision, Tap
 from storage.encodings import AnyEncoding, Fp16
 from storage.schema import Schema
 from storage.token_subset import TokenSubset
@@ -50,7 +50,7 @@ class ExtractConfig(Schema):
     """Which tokens: `final_norm`, `block` (without the norm) or `projected` (CLIP); None is the teacher's own."""
     block: int | None = None
     """An earlier block (of hierarchical networks: stage), counted from 0, or from the end if negative."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    precision: Literal["auto", Precision] = "auto"
     """Of the teacher's matrix products; `auto`: float16 on a GPU, float32 on a CPU. Whitening is always in float32."""
     split: Literal["train", "eval"] = "train"
     views: int = Field(default=4, ge=1)

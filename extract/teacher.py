@@ -2,16 +2,17 @@
 
 import os
 import sys
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from extract.built import Forward
-from extract.spec import TeacherSpec
+from extract.spec import Precision, TeacherSpec
 from extract.weights import tensor_fingerprint
 from storage.errors import ConfigError, InputError, first_line
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Precision)}
 """Of matrix products and convolutions (torch's autocast, which on a GPU keeps layer norms and softmax in float32)."""
 
 
