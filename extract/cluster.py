@@ -116,7 +116,7 @@ class _Actors(Generic[Result]):
         self._ray = ray
         gpus = int(ray.cluster_resources().get("GPU", 0)) if cfg.device != "cpu" else 0
         cpus = int(ray.cluster_resources().get("CPU", 1))
-        size = cfg.workers or gpus or max(1, min(8, cpus // cfg.threads))
+        size = cfg.workers or gpus or cfg.cpu_workers(cpus)
         unit, each, found = ("GPU", 1, gpus) if gpus else ("CPU", cfg.threads, cpus)
         if size * each > found:  # Ray would wait for ever for the missing ones
             raise ConfigError(

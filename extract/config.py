@@ -34,6 +34,10 @@ class ExecutionConfig(Schema):
     max_attempts: int = Field(default=3, ge=1)
     """Times that a shard is tried before it is given up."""
 
+    def cpu_workers(self, cores: int) -> int:
+        """Actors on so many cores, where there is no GPU."""
+        return self.workers or max(1, min(8, cores // self.threads))
+
 
 class ExtractConfig(Schema):
     """Which teacher looks at which views."""

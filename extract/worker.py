@@ -234,4 +234,4 @@ def _workers_here(cfg: ExtractConfig) -> int:
     """Processes that share this machine's memory, as far as the settings tell."""
     if cfg.run.executor == "inline":
         return 1
-    return cfg.run.workers or max(1, min(8, len(os.sched_getaffinity(0)) // cfg.run.threads))
+    return cfg.run.cpu_workers(len(os.sched_getaffinity(0)))
