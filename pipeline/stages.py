@@ -46,7 +46,12 @@ def teacher_label(config: PipelineConfig) -> str:
     """The teacher's name as it can be part of a folder's: `timm:NAME`, `open_clip:NAME/TAG` and paths are no such."""
     name = config.extract.teacher
     file = Path(name).name if ".py" in name else name
-    return re.sub(r"[^\w.+-]+", "-", file).strip("-.")[:80]
+    return plain_name(file)[:80]
+
+
+def plain_name(text: str) -> str:
+    """A text as it can be part of a folder's name."""
+    return re.sub(r"[^\w.+-]+", "-", text).strip("-.")
 
 
 STAGES: dict[str, Stage] = {

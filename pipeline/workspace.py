@@ -10,11 +10,10 @@ runs/cache/                  digests of images; may be deleted
 
 import contextlib
 import os
-import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pipeline.stages import Stage
+from pipeline.stages import Stage, plain_name
 from storage.atomic import nearest_existing, read_json, remove_tree, write_json
 from storage.errors import ConfigError, DamagedError
 from storage.fingerprint import digest_file, short
@@ -40,8 +39,7 @@ class Workspace(NamedTuple):
 
     def stage_dir(self, stage: Stage, label: str, fingerprint: str) -> Path:
         """A result's folder. Teachers that are named by a path or a library have slashes and colons in their names."""
-        readable = re.sub(r"[^\w.+-]+", "-", label).strip("-.")
-        return self.root / stage.folder / f"{readable}-{short(fingerprint)}"
+        return self.root / stage.folder / f"{plain_name(label)}-{short(fingerprint)}"
 
     def data_path(self, location: str, fingerprint: str) -> Path:
         return self.root / "data" / f"{Path(location).name or 'data'}-{short(fingerprint)}.bin"
