@@ -30,8 +30,7 @@ def fit_whitening(whitening: MeanStd | Pca, sample: Iterable[SampleBatch]) -> Fi
     """Learn a whitening from a sample.
 
     Raises:
-        InputError: too few tokens, or tokens that are all the same.
-        DecantError: the teacher gave a value that is not finite.
+        InputError: too few tokens, or tokens that are all the same, or a value that is not finite.
     """
     moments, num_views = None, 0
     for tokens_BTC, keys in sample:

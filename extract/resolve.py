@@ -1,6 +1,5 @@
 """The teacher that settings ask for: its row, at the input size and the tap that they name."""
 
-import difflib
 import functools
 import importlib
 import os
@@ -9,7 +8,7 @@ from typing import Any
 from extract.config import ExtractConfig
 from extract.spec import TeacherSpec
 from extract.teachers import TEACHERS
-from storage.errors import ConfigError
+from storage.errors import ConfigError, did_you_mean
 
 OF_A_LIBRARY = {"timm:": "extract.timm_teachers", "open_clip:": "extract.open_clip_teachers"}
 """What the names of a library's own models begin with, and the module that describes them."""
@@ -34,8 +33,7 @@ def identify_teacher(name: str) -> TeacherSpec:
     if name.endswith(".py") or ".py:" in name:
         spec: TeacherSpec = importlib.import_module("extract.file_teachers").describe(name)
         return spec
-    near = [f"{row!r}" for row in difflib.get_close_matches(name, TEACHERS, n=3, cutoff=0.5)]
-    hint = f"did you mean {' or '.join(near)}?" if near else "`make teachers` lists those that have a row;"
+    hint = did_you_mean(name, TEACHERS) or "`make teachers` lists those that have a row;"
     raise ConfigError(f"unknown teacher {name!r}; {hint} Others are named as {HOW_TO_NAME_OTHERS}")
 
 

@@ -57,10 +57,14 @@ class BadImageError(Exception):
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """The error for a name that is not in a table; offers the nearest ones."""
-    choices = sorted(known)
-    near = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known: {', '.join(choices)}"
+    hint = did_you_mean(name, known) or f"known: {', '.join(sorted(known))}"
     return ConfigError(f"unknown {kind} {name!r}; {hint}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The question that offers the names nearest to one; empty where none is near."""
+    near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def look_up(kind: str, name: str, table: Mapping[str, Row]) -> Row:
