@@ -29,7 +29,12 @@ fit.py         what whitening learns from a sample of views
 plan.py        a store's plan, before anything is extracted
 render.py      images to the views that teachers look at
 worker.py      one shard of one or several stores: read, render, forward, whiten, commit
-cluster.py     many shards: in this process or on Ray (the only file that imports ray)
+timing.py      where a worker's time goes
+jobs.py        the words between the driver and its workers
+driver.py      hands out jobs, and decides about what fails
+pools.py       workers by the name of their executor:
+  inline_pool.py         in this process
+  ray_pool.py            on Ray (the only file that imports ray)
 filling.py     one store while it is filled, and its metrics
 run.py         the stage: one store, or several in one pass over the images
 """

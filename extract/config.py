@@ -16,10 +16,13 @@ from storage.whitening import AnyWhitening, LayerNorm
 class ExecutionConfig(Schema):
     """How to work. Nothing here can change what is in a store beyond the last bit of rounding."""
 
-    executor: Literal["ray", "inline"] = "ray"
-    """`ray`: actors on a local Ray that is started and stopped here, or on `ray_address`; `inline`: in this process."""
+    executor: Literal["ray", "process", "inline"] = "ray"
+    """`ray`: actors on a local Ray that is started and stopped here, or on `ray_address`; `process`: processes of this
+    machine; `inline`: in this process."""
     workers: int = Field(default=0, ge=0)
-    """Actors that run a teacher; 0 is one a GPU, or one a CPU core (at most 8)."""
+    """Processes that run a teacher; 0 is one a GPU, or one a CPU core (at most 8)."""
+    gpus_per_worker: float = Field(default=1.0, gt=0)
+    """Below 1, several workers share a GPU: for small teachers. Above 1, a whole number: a teacher over several."""
     threads: int = Field(default=1, ge=1)
     """CPU threads of a worker."""
     batch_size: int = Field(default=0, ge=0)
@@ -33,6 +36,10 @@ class ExecutionConfig(Schema):
     """Join this cluster instead of starting a local Ray."""
     max_attempts: int = Field(default=3, ge=1)
     """Times that a shard is tried before it is given up."""
+    job_seconds: float = Field(default=0.0, ge=0)
+    """A shard that takes longer is taken for hung, and its worker ended; 0: ten minutes, or five times the slowest."""
+    recycle_after: int = Field(default=1000, ge=0)
+    """Shards after which a worker's process is replaced by a new one, so that leaks stay small; 0 for never."""
 
     def cpu_workers(self, cores: int) -> int:
         """Actors on so many cores, where there is no GPU."""

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from extract.cluster import FailedJob
 from extract.config import ExtractConfig
+from extract.jobs import FailedJob, Job
 from extract.plan import PlannedStore
 from extract.weights import WeightsSource
+from extract.worker import Extracted
 from storage.errors import InputError, QuarantineError
 from storage.folder import create_store, finish_store, sweep
 from storage.image_list import ImageList
@@ -72,12 +73,12 @@ class Filling:
             QuarantineError: shards of this store are missing.
         """
         plan = self.plan
-        lost = [job for job in failed if job.job not in self.done]
+        lost = [job for job in failed if job.job.shard not in self.done]
         if lost:
             raise QuarantineError(
                 f"{len(lost)} of {plan.num_shards} shards of {self.root} were given up after "
-                f"{self.cfg.run.max_attempts} attempts (first: shard {lost[0].job}: {lost[0].reason}); all others are "
-                "safe: give the same command again"
+                f"{self.cfg.run.max_attempts} attempts (first: shard {lost[0].job.shard}: {lost[0].reason}); all "
+                "others are safe: give the same command again"
             )
         manifest = finish_store(self.root)
         made = [entry for index, entry in self.done.items() if index not in self.found]
@@ -110,8 +111,8 @@ def _place(weights: WeightsSource) -> str:
     return weights if weights == "random" else str(weights.expanduser().resolve())
 
 
-def find_receipts(stores: Sequence[tuple[Path, StorePlan]], index: int) -> tuple[ShardEntry, ...] | None:
-    """What a worker would say of shard `index`; None while a store does not have it."""
-    entries = [read_receipt(root, plan, index) for root, plan in stores]
+def find_receipts(stores: Sequence[tuple[Path, StorePlan]], job: Job) -> Extracted | None:
+    """What a worker would say of a job; None while a store does not have the shard."""
+    entries = [read_receipt(root, plan, job.shard) for root, plan in stores]
     found = tuple(entry for entry in entries if entry is not None)
-    return found if len(found) == len(stores) else None
+    return Extracted(found) if len(found) == len(stores) else None

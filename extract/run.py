@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
-from extract.cluster import FailedJob, run_jobs
 from extract.config import ExtractConfig
+from extract.driver import drive
 from extract.filling import Filling, find_receipts
+from extract.jobs import FailedJob, Job
 from extract.plan import build_plan
+from extract.pools import open_pool
 from extract.worker import Target, Worker
 from storage.errors import ConfigError, DiskError, InputError, QuarantineError
 from storage.folder import find_plan, needed_bytes
@@ -123,21 +125,24 @@ def _fill(
     num_images = {index: len(plan.images_of_shard(index)) for index in pending}
     progress.start(plan.num_images, "images", done=plan.num_images - sum(num_images.values()))
     failed: list[FailedJob] = []
+    if not pending:
+        return failed
     find_committed = functools.partial(find_receipts, [(store.root, store.plan) for store in stores])
-    for outcome in run_jobs(pending, make_worker, cfg.run, find_committed=find_committed, stop=stop):
-        if isinstance(outcome, FailedJob):
-            failed.append(outcome)
-            progress.say(f"shard {outcome.job} is given up: {outcome.reason}")
-            entries = [store.look_again(outcome.job) for store in stores]
-        else:
-            entries = list(outcome)
-            for store, entry in zip(stores, outcome, strict=True):
-                store.add(entry)
-        if any(entry is not None and entry.bad_images for entry in entries):
-            num_bad = max(store.check_bad() for store in stores)
-        index = outcome.job if isinstance(outcome, FailedJob) else outcome[0].index
-        is_done = all(index in store.done for store in stores)
-        progress.advance(num_images[index] if is_done else 0, shards=f"{num_done()}/{total}", bad=num_bad)
+    with open_pool(cfg.run, make_worker, len(pending), stop) as pool:
+        for outcome in drive(pool, map(Job, pending), cfg.run, find_committed=find_committed, stop=stop):
+            if isinstance(outcome, FailedJob):
+                index = outcome.job.shard
+                failed.append(outcome)
+                progress.say(f"shard {index} is given up: {outcome.reason}")
+                entries = [store.look_again(index) for store in stores]
+            else:
+                entries, index = list(outcome.entries), outcome.entries[0].index
+                for store, entry in zip(stores, outcome.entries, strict=True):
+                    store.add(entry)
+            if any(entry is not None and entry.bad_images for entry in entries):
+                num_bad = max(store.check_bad() for store in stores)
+            is_done = all(index in store.done for store in stores)
+            progress.advance(num_images[index] if is_done else 0, shards=f"{num_done()}/{total}", bad=num_bad)
     return failed
 
 

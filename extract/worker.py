@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from extract.backends import load_teacher
 from extract.batch_size import choose_batch_size
 from extract.config import ExtractConfig
+from extract.jobs import Job
 from extract.render import Look, RenderedView, UnusableImage, ViewRenderer
 from extract.resolve import resolve_teacher
 from extract.teacher import Teacher
+from extract.timing import StageSeconds
 from extract.whiten import Whitened, Whitener
 from storage.errors import BadImageError, ConfigError, DecantError
 from storage.folder import load_plan
@@ -38,6 +40,14 @@ class Target(NamedTuple):
 
     cfg: ExtractConfig
     root: Path
+
+
+class Extracted(NamedTuple):
+    """What a worker says of a job."""
+
+    entries: tuple[ShardEntry, ...]
+    """The receipts, in the order of the stores; none for a shard that was only probed."""
+    seconds: StageSeconds = StageSeconds()
 
 
 class OpenStore(NamedTuple):
@@ -175,7 +185,7 @@ def _kept_tokens(plan: StorePlan, view: RenderedView) -> NDArray[np.int64] | sli
 
 
 class Worker:
-    """Loaded teachers and open stores; `worker(index)` extracts shard `index` of those that do not have it. Several
+    """Loaded teachers and open stores; `worker(job)` extracts a shard of those that do not have it. Several
     threads may call it at a time."""
 
     def __init__(self, targets: Sequence[Target], data: Path) -> None:
@@ -200,8 +210,10 @@ class Worker:
             with contextlib.suppress(BadImageError):
                 self.images.read_image(0)
 
-    def __call__(self, index: int) -> tuple[ShardEntry, ...]:
-        return extract_shard(index, stores=self.stores, images=self.images, render_threads=self.render_threads)
+    def __call__(self, job: Job) -> Extracted:
+        return Extracted(
+            extract_shard(job.shard, stores=self.stores, images=self.images, render_threads=self.render_threads)
+        )
 
 
 def _load(cfg: ExtractConfig, plan: StorePlan) -> Teacher:

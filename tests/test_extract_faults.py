@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 import extract.worker
-from extract.cluster import run_jobs
 from extract.config import ExecutionConfig, ExtractConfig
+from extract.driver import drive
+from extract.jobs import Job
+from extract.pools import open_pool
 from extract.run import run
 from storage.errors import QuarantineError
 from storage.folder import load_plan
@@ -163,27 +165,28 @@ def test_a_shard_that_always_fails_is_given_up_and_the_others_finish(
 # ---- the executor itself ---------------------------------------------------------------------------------------------
 
 
-def no_worker() -> Callable[[int], ShardEntry]:
+def no_worker() -> Callable[[Job], ShardEntry]:
     raise AssertionError("no job, no worker")
 
 
 def test_no_job_needs_no_worker() -> None:
-    for executor in ("inline", "ray"):
-        cfg = ExecutionConfig.model_validate({"executor": executor})
-        assert list(run_jobs([], no_worker, cfg, find_committed=lambda job: None, stop=StopRequest())) == []
+    cfg, stop = ExecutionConfig(executor="inline"), StopRequest()
+    with open_pool(cfg, no_worker, 0, stop) as pool:
+        assert list(drive(pool, [], cfg, find_committed=lambda job: None, stop=stop)) == []
 
 
 def test_a_stop_ends_between_jobs() -> None:
     begun: list[int] = []
 
-    def work(job: int) -> ShardEntry:
-        begun.append(job)
-        return ShardEntry(store="", index=job, num_images=1, num_records=1, files=(), record_crc32c="")
+    def work(job: Job) -> ShardEntry:
+        begun.append(job.shard)
+        return ShardEntry(store="", index=job.shard, num_images=1, num_records=1, files=(), record_crc32c="")
 
     stop, cfg = StopRequest(), ExecutionConfig(executor="inline")
-    outcomes = run_jobs(range(5), lambda: work, cfg, find_committed=lambda job: None, stop=stop)
-    assert isinstance(next(outcomes), ShardEntry)
-    stop.signal_name = "SIGTERM"
-    with pytest.raises(Interrupted):
-        next(outcomes)
+    with open_pool(cfg, lambda: work, 5, stop) as pool:
+        outcomes = drive(pool, map(Job, range(5)), cfg, find_committed=lambda job: None, stop=stop)
+        assert isinstance(next(outcomes), ShardEntry)
+        stop.signal_name = "SIGTERM"
+        with pytest.raises(Interrupted):
+            next(outcomes)
     assert begun == [0]

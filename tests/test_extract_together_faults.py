@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from extract.jobs import Job
 from extract.run import run, run_together
 from extract.teacher import Teacher
-from extract.worker import Target, Worker
+from extract.worker import Extracted, Target, Worker
 from storage.errors import DecantError, InputError, QuarantineError
 from storage.folder import load_plan
 from storage.receipts import committed_shards, receipt_path
@@ -66,7 +67,7 @@ def test_a_worker_skips_what_another_committed(
         return speak(self, pixels)
 
     monkeypatch.setattr(Teacher, "__call__", note)
-    entries = Worker(stores, data)(4)
+    entries = Worker(stores, data)(Job(4)).entries
     assert sides == {48}
     assert [entry.store for entry in entries] == [load_plan(store.root).fingerprint for store in stores]
 
@@ -240,20 +241,20 @@ def test_unusable_images_are_holes_in_every_store(
 class DyingWorker(Worker):
     """Is killed once, when the first store has its shard 2 and the second one has not."""
 
-    def __call__(self, index: int) -> tuple[ShardEntry, ...]:
+    def __call__(self, job: Job) -> Extracted:
         died = self.stores[0].root.parent / "died"
         commit = ShardWriter.commit
 
         def commit_and_die(writer: ShardWriter) -> ShardEntry:
             entry = commit(writer)
-            if index == 2 and not died.exists():
+            if job.shard == 2 and not died.exists():
                 died.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             return entry
 
         ShardWriter.commit = commit_and_die  # type: ignore[method-assign]
         try:
-            return super().__call__(index)
+            return super().__call__(job)
         finally:
             ShardWriter.commit = commit  # type: ignore[method-assign]
 

@@ -1,0 +1,317 @@
+"""The driver: hands out jobs and owns every decision about what fails. Knows nothing of where its workers are.
+
+A failed job goes back in front of the queue, at most `max_attempts` times; whether it was committed after all is looked
+at first. What dies with a worker is blamed only if it was alone at work. Waiting jobs are never blamed.
+"""
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Generic, NamedTuple, Protocol
+
+from extract.config import ExecutionConfig
+from extract.jobs import Died, Done, Event, FailedJob, Job, Pool, Raised, Ready, Result
+from storage.errors import DecantError, first_line
+from storage.stage import Interrupted, StopRequest
+
+Note = Callable[..., None]
+"""`note(kind, **facts)` hears what happens to workers and jobs."""
+
+JOBS_IN_FLIGHT = 2
+"""A worker process: one that it works at, and one that waits there so that it never idles while the driver thinks."""
+GRACE_SECONDS = 30.0
+"""After a stop was asked for, jobs under way may end for so long."""
+_POLL_SECONDS = 0.5
+_LEAST_DEADLINE_SECONDS, _DEADLINE_FACTOR = 600.0, 5.0
+"""A job is hung when it takes longer than this, and than so many times the 99th of 100 jobs."""
+_START_DEADLINE_SECONDS = 1800.0
+"""For a worker to come up: the largest teachers take minutes to load."""
+
+
+class Claims(Protocol):
+    """Which jobs are ours, where several drivers share a store."""
+
+    def take(self, job: Job) -> bool:
+        """False while another driver is at it; True again for one that is ours."""
+
+    def release(self, job: Job) -> None: ...
+
+
+class OnlyDriver:
+    """All jobs are ours."""
+
+    def take(self, job: Job) -> bool:
+        return True
+
+    def release(self, job: Job) -> None: ...
+
+
+def ignore(kind: str, **facts: object) -> None:
+    """A `Note` that nobody reads."""
+
+
+def drive(
+    pool: Pool, jobs: Iterable[Job], cfg: ExecutionConfig, *, find_committed: Callable[[Job], Result | None],
+    stop: StopRequest, claims: Claims | None = None, note: Note = ignore,
+) -> Iterator[Result | FailedJob]:  # fmt: skip
+    """Carry out jobs, in any order, and yield each one's result or why it was given up.
+
+    Args:
+        find_committed: the result of a job that did finish although its worker could not say so, or that another driver
+            has done.
+
+    Raises:
+        Interrupted: a stop was asked for; what was under way had `GRACE_SECONDS` to end.
+        DecantError: an error that another attempt cannot mend, or no worker stays alive.
+    """
+    yield from _Drive(pool, deque(jobs), cfg, find_committed, stop, claims or OnlyDriver(), note).outcomes()
+
+
+class _Held(NamedTuple):
+    """A job that a worker has."""
+
+    job: Job
+    since: float
+    """When it was begun, as far as can be told from here; monotonic."""
+
+
+class _Worker:
+    """What the driver knows about a worker."""
+
+    def __init__(self) -> None:
+        self.held: list[_Held] = []
+        """In the order in which they were handed out."""
+        self.jobs_at_a_time = 0
+        """0 until it is up."""
+        self.started = time.monotonic()
+        self.num_done = 0
+
+    @property
+    def is_up(self) -> bool:
+        return self.jobs_at_a_time > 0
+
+    @property
+    def at_work(self) -> list[_Held]:
+        return self.held[: self.jobs_at_a_time]
+
+    def let_go(self, job: Job) -> float:
+        """Forget a job; returns the seconds that it took."""
+        at = next(number for number, held in enumerate(self.held) if held.job == job)
+        seconds = time.monotonic() - self.held.pop(at).since
+        if self.jobs_at_a_time <= len(self.held):  # one that waited is begun now
+            last = self.jobs_at_a_time - 1
+            self.held[last] = self.held[last]._replace(since=time.monotonic())
+        return seconds
+
+
+class _Drive(Generic[Result]):
+    def __init__(
+        self, pool: Pool, queue: deque[Job], cfg: ExecutionConfig, find_committed: Callable[[Job], Result | None],
+        stop: StopRequest, claims: Claims, note: Note,
+    ) -> None:  # fmt: skip
+        self.pool, self.queue, self.cfg, self.stop, self.claims, self.note = pool, queue, cfg, stop, claims, note
+        self.find_committed = find_committed
+        self.workers: dict[int, _Worker] = {}
+        self.attempts: Counter[int] = Counter()
+        self.suspects: set[int] = set()
+        """Shards that were at work side by side when their worker died: each is tried again alone, so that no other is
+        blamed."""
+        self.elsewhere: list[Job] = []
+        """At work with another driver."""
+        self.deaths_in_a_row = 0
+        self.seconds: deque[float] = deque(maxlen=1000)
+        """Of the last jobs."""
+
+    def outcomes(self) -> Iterator[Result | FailedJob]:
+        if not self.queue:
+            return
+        try:
+            while self.queue or self.elsewhere or self._is_busy:
+                if self.stop:
+                    yield from self._wind_up()
+                    self.stop.check()
+                yield from self._look_elsewhere()
+                self._start_missing()
+                self._feed()
+                for event in self.pool.wait(_POLL_SECONDS):
+                    yield from self._handle(event)
+                yield from self._end_hung()
+        finally:
+            for number in self.workers:
+                self.pool.kill(number)
+
+    @property
+    def _is_busy(self) -> bool:
+        return any(worker.held for worker in self.workers.values())
+
+    def _start_missing(self) -> None:
+        wanted = min(self.pool.size, len(self.queue) + sum(bool(worker.held) for worker in self.workers.values()))
+        for _ in range(wanted - len(self.workers)):
+            self.workers[self.pool.start()] = _Worker()
+
+    def _feed(self) -> None:
+        """Hand out jobs to the workers that are up: one to each, and more only when all are up."""
+        all_up = all(worker.is_up for worker in self.workers.values())
+        deepest = max(map(self._room, self.workers.values()), default=0)
+        for depth in range(1, (deepest if all_up else 1) + 1):
+            for number, worker in self.workers.items():
+                if len(worker.held) >= min(depth, self._room(worker)) or self._is_tired(worker):
+                    continue
+                shards = {*(held.job.shard for held in worker.held), *(job.shard for job in islice(self.queue, 1))}
+                if worker.held and not self.suspects.isdisjoint(shards):
+                    continue
+                job = self._next_job()
+                if job is None:
+                    return
+                worker.held.append(_Held(job, time.monotonic()))
+                self.pool.submit(number, job)
+
+    def _room(self, worker: _Worker) -> int:
+        """Jobs that a worker may have at a time."""
+        if not worker.is_up:
+            return 0
+        return max(worker.jobs_at_a_time, JOBS_IN_FLIGHT if self.pool.can_kill else 1)
+
+    def _next_job(self) -> Job | None:
+        while self.queue:
+            job = self.queue.popleft()
+            if self.claims.take(job):
+                return job
+            self.elsewhere.append(job)
+        return None
+
+    def _look_elsewhere(self) -> Iterator[Result]:
+        """Jobs that other drivers have done are done; those that they have let go are ours again."""
+        if self.queue or not self.elsewhere:
+            return
+        waiting, self.elsewhere = self.elsewhere, []
+        for job in waiting:
+            found = self.find_committed(job)
+            if found is not None:
+                yield found
+            elif self.claims.take(job):
+                self.queue.append(job)
+            else:
+                self.elsewhere.append(job)
+        if self.elsewhere and not self.queue and not self._is_busy:
+            time.sleep(_POLL_SECONDS)
+
+    def _handle(self, event: Event) -> Iterator[Result | FailedJob]:
+        worker = self.workers.get(event.worker)
+        if worker is None:  # a death is told once
+            return
+        match event:
+            case Ready():
+                worker.jobs_at_a_time = event.jobs_at_a_time
+                self.note("worker up", worker=event.worker, seconds=round(time.monotonic() - worker.started, 1))
+            case Done():
+                self.seconds.append(worker.let_go(event.job))
+                worker.num_done += 1
+                self.deaths_in_a_row = 0
+                self.suspects.discard(event.job.shard)
+                yield self._finished(event.job, event.result)
+                if self._is_tired(worker) and not worker.held:
+                    self.note("worker recycled", worker=event.worker, jobs=worker.num_done)
+                    self._forget(event.worker)
+            case Raised(job=None):
+                _raise_if_final(event.error)
+                yield from self._bury(event.worker, reason_of(event.error))
+            case Raised(job=Job() as job):
+                worker.let_go(job)
+                self.deaths_in_a_row = 0
+                _raise_if_final(event.error)
+                yield from self._retry(job, reason_of(event.error), is_deadly=False)
+            case Died():
+                yield from self._bury(event.worker, event.reason)
+
+    def _finished(self, job: Job, result: Result) -> Result:
+        self.claims.release(job)
+        return result
+
+    def _bury(self, number: int, reason: str) -> Iterator[Result | FailedJob]:
+        """A worker is dead, or as good as that: another one takes its place, and its jobs are tried again."""
+        worker = self._forget(number)
+        self.note("worker died", worker=number, reason=reason, shards=[held.job.shard for held in worker.at_work])
+        self.deaths_in_a_row += 1
+        if self.deaths_in_a_row > 2 * self.cfg.max_attempts * self.pool.size:
+            raise DecantError(f"no worker survives; the last one: {reason}")
+        at_work = worker.at_work
+        self.queue.extendleft(held.job for held in reversed(worker.held[len(at_work) :]))
+        lost = []
+        for job in (held.job for held in at_work):
+            found = self.find_committed(job)
+            if found is None:
+                lost.append(job)
+            else:
+                yield self._finished(job, found)
+        if len(lost) > 1:
+            self.suspects.update(job.shard for job in lost)
+            self.queue.extendleft(reversed(lost))
+            return
+        for job in lost:
+            yield from self._retry(job._replace(halvings=job.halvings + 1), reason, is_deadly=True)
+
+    def _forget(self, number: int) -> _Worker:
+        self.pool.kill(number)  # one that only cannot be reached would keep its CPU or GPU
+        return self.workers.pop(number)
+
+    def _retry(self, job: Job, reason: str, *, is_deadly: bool) -> Iterator[FailedJob]:
+        """Put a job back in front of the queue, or give it up."""
+        self.attempts[job.shard] += 1
+        self.note("job failed", shard=job.shard, attempt=self.attempts[job.shard], reason=reason)
+        if self.attempts[job.shard] < self.cfg.max_attempts:
+            self.queue.appendleft(job)
+            return
+        self.claims.release(job)
+        self.suspects.discard(job.shard)
+        yield FailedJob(job, reason, is_deadly)
+
+    def _is_tired(self, worker: _Worker) -> bool:
+        return self.pool.can_kill and 0 < self.cfg.recycle_after <= worker.num_done + len(worker.held)
+
+    def _end_hung(self) -> Iterator[Result | FailedJob]:
+        if not self.pool.can_kill:
+            return
+        limit, now = self._deadline_seconds(), time.monotonic()
+        for number, worker in list(self.workers.items()):
+            if not worker.is_up and now - worker.started > _START_DEADLINE_SECONDS:
+                yield from self._bury(number, f"was not up after {_START_DEADLINE_SECONDS:,.0f} s")
+            elif any(now - held.since > limit for held in worker.at_work):
+                yield from self._bury(
+                    number, f"hung: a shard took longer than {limit:,.0f} s (extract.run.job_seconds)"
+                )
+
+    def _deadline_seconds(self) -> float:
+        if self.cfg.job_seconds:
+            return self.cfg.job_seconds
+        slow = sorted(self.seconds)[int(0.99 * len(self.seconds))] if self.seconds else 0.0
+        return max(_LEAST_DEADLINE_SECONDS, _DEADLINE_FACTOR * slow)
+
+    def _wind_up(self) -> Iterator[Result]:
+        """Let jobs under way end; nothing new is begun. In this process, workers see to that themselves."""
+        if not self.pool.can_kill:
+            return
+        under_way = {(number, held.job) for number, worker in self.workers.items() for held in worker.at_work}
+        if under_way:
+            self.note("stopping", at_work=len(under_way), seconds=GRACE_SECONDS)
+        until = time.monotonic() + GRACE_SECONDS
+        while under_way and time.monotonic() < until:
+            for event in self.pool.wait(_POLL_SECONDS):
+                if isinstance(event, Done):
+                    yield self._finished(event.job, event.result)
+                if isinstance(event, Done | Raised):
+                    under_way -= {(event.worker, event.job)}
+                elif isinstance(event, Died):
+                    under_way = {call for call in under_way if call[0] != event.worker}
+
+
+def _raise_if_final(error: BaseException) -> None:
+    """What another attempt cannot mend."""
+    if isinstance(error, DecantError | Interrupted):
+        raise error from None
+
+
+def reason_of(error: BaseException) -> str:
+    """One line."""
+    return f"{type(error).__name__}: {first_line(error)}"[:300]
