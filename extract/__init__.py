@@ -19,6 +19,7 @@ backends.py    a teacher's row of data to a module that gives tokens, by its lib
   built.py               what a builder gives: a module, its tap, how files are fitted to it
   cost.py                parameters and operations of a network, counted without memory
 teacher.py     a frozen teacher: pixels to tokens, in a precision
+spread.py      a network over several GPUs
 precision.py   how far its fast path is from float32
 measure.py     what each precision changes, and how fast it is
 batch_size.py  how many views go through it at a time
