@@ -1,4 +1,4 @@
-"""A network over several GPUs, for a teacher that one has no memory for: its blocks in order, an equal share on each."""
+"""A network over several GPUs, for a teacher that one has no memory for: its blocks in order, equal shares on each."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -36,11 +36,11 @@ def spread(module: nn.Module, devices: Sequence[torch.device]) -> None:
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     """The members of lists whose members are alike, in order; of stages with such lists, theirs."""
     for child in module.children():
-        is_list = isinstance(child, nn.ModuleList | nn.Sequential) and len(child) > 1
-        if is_list and len({type(member) for member in child}) == 1:
-            for member in child:
+        members = list(child.children()) if isinstance(child, nn.ModuleList | nn.Sequential) else []
+        if len(members) > 1 and len({type(member) for member in members}) == 1:
+            for member in members:
                 yield from list(_blocks(member)) or [member]
-        elif isinstance(child, nn.ModuleList | nn.Sequential) or _has_list(child):
+        elif members or _has_list(child):
             yield from _blocks(child)
 
 
