@@ -20,12 +20,15 @@ from storage.stage import Interrupted, Progress, StageResult
 
 
 def execute(
-    plan: Plan, names: Iterable[str], progress: Callable[[str], contextlib.AbstractContextManager[Progress]]
-) -> dict[str, StageResult]:
+    plan: Plan, names: Iterable[str], progress: Callable[[str], contextlib.AbstractContextManager[Progress]], *,
+    join: bool = False, retry_failed: bool = False,
+) -> dict[str, StageResult]:  # fmt: skip
     """Run what is not up to date among `names`, in order; returns all their results.
 
     Args:
         progress: makes the progress display of a stage.
+        join: help where another command is filling a store, instead of giving way to it.
+        retry_failed: extract shards again that earlier commands gave up.
 
     Raises:
         ConfigError: something that a stage needs is not there and was not asked for.
