@@ -28,6 +28,7 @@ whiten.py      whitening of a batch: layer_norm, mean_std, pca, none
 sample.py      a sample of views, to learn from
 fit.py         what whitening learns from a sample of views
 plan.py        a store's plan, before anything is extracted
+extraction.py  what a worker elsewhere needs to know of an unfinished store
 render.py      images to the views that teachers look at
 worker.py      one shard of one or several stores: read, render, forward, whiten, commit
 timing.py      where a worker's time goes

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from extract.config import ExtractConfig
+from extract.extraction import remove_extraction, write_extraction
 from extract.jobs import FailedJob, Job
 from extract.plan import PlannedStore
 from extract.weights import WeightsSource
@@ -14,6 +15,13 @@ from storage.folder import create_store, finish_store, sweep
 from storage.image_list import ImageList
 from storage.receipts import committed_shards, read_receipt
 from storage.records import ShardEntry, StorePlan
+
+
+class Target(NamedTuple):
+    """A store to fill: the settings that it is filled with, and its folder."""
+
+    cfg: ExtractConfig
+    root: Path
 
 
 class Filling:
@@ -28,6 +36,7 @@ class Filling:
         self.agreement = planned.agreement
         create_store(root, planned.plan, images, planned.statistics)
         sweep(root, planned.plan)
+        write_extraction(root, cfg, images)
         self.done = committed_shards(root, self.plan)
         self.found = frozenset(self.done)
         """Shards that earlier runs made."""
@@ -81,6 +90,7 @@ class Filling:
                 "others are safe: give the same command again"
             )
         manifest = finish_store(self.root)
+        remove_extraction(self.root)
         made = [entry for index, entry in self.done.items() if index not in self.found]
         return {
             "store_fingerprint": manifest.fingerprint,

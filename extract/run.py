@@ -15,11 +15,11 @@ import torch
 
 from extract.config import ExtractConfig
 from extract.driver import drive
-from extract.filling import Filling, find_receipts
+from extract.filling import Filling, Target, find_receipts
 from extract.jobs import FailedJob, Job
 from extract.plan import build_plan
 from extract.pools import open_pool
-from extract.worker import Target, Worker
+from extract.worker import Worker
 from storage.errors import ConfigError, DiskError, InputError, QuarantineError
 from storage.folder import find_plan, needed_bytes
 from storage.image_index import load_index
@@ -96,7 +96,9 @@ def run_together(
         if len(targets) > 1:
             _check_room(targets, [store.plan for store in planned])
         fillings = [Filling(*target, store, images) for target, store in zip(targets, planned, strict=True)]
-        failed = _fill(fillings, functools.partial(Worker, targets, inputs["data"]), progress, stop)
+        failed = _fill(
+            fillings, functools.partial(Worker, [target.root.absolute() for target in targets], cfg.run), progress, stop
+        )
         seconds = time.monotonic() - started
         outcomes: list[dict[str, Any] | QuarantineError] = []
         for filling in fillings:

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from extract.backends import load_teacher
 from extract.batch_size import choose_batch_size
-from extract.config import ExtractConfig
+from extract.config import ExecutionConfig, ExtractConfig
+from extract.extraction import load_extraction
 from extract.jobs import Job
 from extract.render import Look, RenderedView, UnusableImage, ViewRenderer
 from extract.resolve import resolve_teacher
@@ -23,7 +24,7 @@ from extract.timing import StageSeconds
 from extract.whiten import Whitened, Whitener
 from storage.errors import BadImageError, ConfigError, DecantError
 from storage.folder import load_plan
-from storage.image_index import ImageList, load_index
+from storage.image_list import ImageList
 from storage.receipts import read_receipt
 from storage.records import FeatureRecord, ShardEntry, StorePlan
 from storage.writer import ShardWriter
@@ -33,13 +34,6 @@ _BATCHES_AHEAD = 2
 _MOST_RENDER_THREADS = 16
 _SHARDS_AT_A_TIME = {"cpu": 1, "cuda": 3}
 """A GPU is not to wait while a shard is rendered or committed: another one has its turn then."""
-
-
-class Target(NamedTuple):
-    """A store to fill: the settings that it is filled with, and its folder."""
-
-    cfg: ExtractConfig
-    root: Path
 
 
 class Extracted(NamedTuple):
@@ -188,20 +182,27 @@ class Worker:
     """Loaded teachers and open stores; `worker(job)` extracts a shard of those that do not have it. Several
     threads may call it at a time."""
 
-    def __init__(self, targets: Sequence[Target], data: Path) -> None:
-        """`targets` agree in their images and views, and the first one's `run` says how to work."""
-        cfg = targets[0].cfg
-        torch.set_num_threads(cfg.run.threads)
-        self.images = load_index(data).split(cfg.split)
-        opened = [(target, load_plan(target.root)) for target in targets]
-        loaded = [(target, plan, _load(target.cfg, plan)) for target, plan in opened]
+    def __init__(self, roots: Sequence[Path], run: ExecutionConfig) -> None:
+        """
+        Args:
+            roots: of stores that have begun and agree in their images and views; each says itself how it is filled.
+            run: how this worker is to work.
+        """
+        torch.set_num_threads(run.threads)
+        extractions = [load_extraction(root) for root in roots]
+        self.images = extractions[0].load_images(roots[0])
+        opened = [
+            (root, load_plan(root), extraction.settings_for(run))
+            for root, extraction in zip(roots, extractions, strict=True)
+        ]
+        loaded = [(root, plan, cfg, _load(cfg, plan)) for root, plan, cfg in opened]
         turn = threading.Lock()
         self.stores = [  # batch sizes are chosen when all teachers have their memory
             OpenStore(
-                target.root, plan, teacher, Whitener.of_store(target.root, plan, teacher.device),
-                choose_batch_size(teacher, target.cfg.run.batch_size, _workers_here(cfg)), turn,
+                root, plan, teacher, Whitener.of_store(root, plan, teacher.device),
+                choose_batch_size(teacher, cfg.run.batch_size, _workers_here(run)), turn,
             )
-            for target, plan, teacher in loaded
+            for root, plan, cfg, teacher in loaded
         ]  # fmt: skip
         device = self.stores[0].teacher.device.type
         self.jobs_at_a_time = _SHARDS_AT_A_TIME[device]
@@ -242,8 +243,6 @@ def _load(cfg: ExtractConfig, plan: StorePlan) -> Teacher:
     return teacher
 
 
-def _workers_here(cfg: ExtractConfig) -> int:
+def _workers_here(run: ExecutionConfig) -> int:
     """Processes that share this machine's memory, as far as the settings tell."""
-    if cfg.run.executor == "inline":
-        return 1
-    return cfg.run.cpu_workers(len(os.sched_getaffinity(0)))
+    return 1 if run.executor == "inline" else run.cpu_workers(len(os.sched_getaffinity(0)))

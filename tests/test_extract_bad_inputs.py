@@ -9,9 +9,10 @@ import torch
 
 from extract.backends import load_teacher
 from extract.config import ExecutionConfig, ExtractConfig
+from extract.extraction import write_extraction
 from extract.run import run
 from extract.teachers import find_teacher
-from extract.worker import Target, Worker
+from extract.worker import Worker
 from storage.errors import ConfigError, DecantError, InputError
 from storage.folder import load_plan
 from storage.image_index import load_index
@@ -107,8 +108,9 @@ def test_other_weights_never_get_into_a_store(
         run(cfg, {"data": data}, root)
     assert f"teacher_fingerprint is '{hashes[0]}', expected '{hashes[1]}'" in str(caught.value)
     assert tree_bytes(root) == before
+    write_extraction(root, cfg, load_index(data).split("train"))
     with pytest.raises(ConfigError, match=f"weights of 'toy' are {hashes[1]}, the store's are {hashes[0]}"):
-        Worker([Target(cfg, root)], data)  # as on another machine, whose file is another
+        Worker([root], cfg.run)  # as on another machine, whose file is another
 
 
 def test_a_teacher_that_gives_nan_is_stopped_with_the_image(

@@ -10,12 +10,14 @@ import torch
 
 from extract.backends import load_teacher
 from extract.config import ExecutionConfig, ExtractConfig
+from extract.extraction import write_extraction
 from extract.measure import measure
 from extract.run import run
 from extract.teachers import TEACHERS, find_teacher
-from extract.worker import Target, Worker
+from extract.worker import Worker
 from storage.decode import decode_image
 from storage.errors import ConfigError
+from storage.image_index import load_index
 from storage.reader import open_store
 from storage.stage import SilentProgress
 
@@ -96,10 +98,11 @@ def test_a_worker_whose_teacher_is_another_stops(
     """The weights are the same, but not what is done with them: another version of a library, or of a user's file."""
     data, _ = make_index()
     run(CFG, {"data": data}, tmp_path / "store")
-    Worker([Target(CFG, tmp_path / "store")], data)
+    write_extraction(tmp_path / "store", CFG, load_index(data).split("train"))
+    Worker([tmp_path / "store"], CFG.run)
     changed = find_teacher("toy").model_copy(update={"mean": (0.5, 0.5, 0.5)})
     monkeypatch.setitem(TEACHERS, "toy", changed)
     with pytest.raises(
         ConfigError, match=r"'toy' is not the one .*: mean is \[0\.5, 0\.5, 0\.5\], the store's is \[0\.48"
     ):
-        Worker([Target(CFG, tmp_path / "store")], data)
+        Worker([tmp_path / "store"], CFG.run)

@@ -12,18 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from extract.extraction import write_extraction
 from extract.jobs import Job
 from extract.run import run, run_together
 from extract.teacher import Teacher
-from extract.worker import Extracted, Target, Worker
+from extract.worker import Extracted, Worker
 from storage.errors import DecantError, InputError, QuarantineError
 from storage.folder import load_plan
+from storage.image_index import load_index
 from storage.receipts import committed_shards, receipt_path
 from storage.records import ShardEntry
 from storage.stage import Interrupted, SilentProgress
 from storage.verify import iter_damage
 from storage.writer import ShardWriter
-from tests.fixtures.together import ALONE, Files, MakeIndex, TreeBytes, read_all, targets
+from tests.fixtures.together import ALONE, RUN, Files, MakeIndex, TreeBytes, read_all, targets
 
 Fork = Callable[[Callable[[], object]], int]
 
@@ -57,8 +59,10 @@ def test_a_worker_skips_what_another_committed(
 ) -> None:
     """A worker that died after one store's commit: the job's next attempt makes the others' shard alone."""
     data, _ = alone
-    stores = [Target(cfg, tmp_path / "alone" / name) for name, cfg in ALONE.items()]
-    receipt_path(stores[1].root, 4).unlink()
+    roots = [tmp_path / "alone" / name for name in ALONE]
+    for root, cfg in zip(roots, ALONE.values(), strict=True):
+        write_extraction(root, cfg, load_index(data).split("train"))
+    receipt_path(roots[1], 4).unlink()
     sides: set[int] = set()
     speak = Teacher.__call__
 
@@ -67,9 +71,9 @@ def test_a_worker_skips_what_another_committed(
         return speak(self, pixels)
 
     monkeypatch.setattr(Teacher, "__call__", note)
-    entries = Worker(stores, data)(Job(4)).entries
+    entries = Worker(roots, RUN)(Job(4)).entries
     assert sides == {48}
-    assert [entry.store for entry in entries] == [load_plan(store.root).fingerprint for store in stores]
+    assert [entry.store for entry in entries] == [load_plan(root).fingerprint for root in roots]
 
 
 class AfterShards(SilentProgress):
