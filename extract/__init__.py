@@ -37,6 +37,8 @@ driver.py      hands out jobs, and decides about what fails
 pools.py       workers by the name of their executor:
   inline_pool.py         in this process
   ray_pool.py            on Ray (the only file that imports ray)
+watch.py       what is said of an extraction: progress line, events, summary
+events.py      what happens to a store while it is filled, as a file beside it
 filling.py     one store while it is filled, and its metrics
 run.py         the stage: one store, or several in one pass over the images
 """

@@ -7,6 +7,7 @@ lock.py         one writer a folder
 process_lock.py a lock that a forked child finds open
 fingerprint.py  content hashes
 stage.py        what every stage returns, and the progress contract
+pace.py         how fast work goes now
 encodings.py    how whitened tokens become bytes: fp16, int8, bit_round, zstd
 whitening.py    how teachers' tokens became the stored ones: layer_norm, mean_std, pca, none; and back
 token_subset.py a random part of each view's tokens
