@@ -25,27 +25,36 @@ TO ?=
 STUDENT ?=
 SEEDS ?=
 EXECUTOR ?=
+RAY ?=
 WORK ?=
 FORCE ?=
+JOIN ?=
+RETRY_FAILED ?=
+TRIAL ?=
+N ?=
+SEED ?=
 SET ?=
 DOCS ?=
 
 quoted = $(if $($(1)),'$(subst ','\'',$($(1)))')
 option = $(if $($(2)),--$(1) $(call quoted,$(2)))
+flag = $(if $(filter-out 0 no false,$($(2))),--$(1))
 OPTIONS = $(strip $(call option,preset,PRESET) $(call option,teacher,TEACHER) $(call option,weights,WEIGHTS) \
 	$(call option,data,DATA) $(call option,views,VIEWS) $(call option,layout,LAYOUT) $(call option,encoding,ENCODING) \
 	$(call option,whitening,WHITENING) $(call option,store,STORE) $(call option,student,STUDENT) $(call option,seeds,SEEDS) \
-	$(call option,executor,EXECUTOR) $(call option,work,WORK) $(if $(filter-out 0 no false,$(FORCE)),--force) $(foreach pair,$(SET),--set $(call quoted,pair)))
+	$(call option,executor,EXECUTOR) $(call option,ray-address,RAY) $(call option,work,WORK) $(call flag,force,FORCE) \
+	$(call flag,join,JOIN) $(call flag,retry-failed,RETRY_FAILED) $(foreach pair,$(SET),--set $(call quoted,pair)))
 PIPELINE = @$(BIN)/python -m pipeline
 
 STAGE_COMMANDS := demo run plan precision extract distill finetune evaluate report
-.PHONY: help setup test check fix bench clean $(STAGE_COMMANDS) status verify repair convert upload teachers
+.PHONY: help setup test check fix bench clean $(STAGE_COMMANDS) status join audit verify repair convert upload teachers
 
 help: ## this list
 	@echo "usage: make <command> [TEACHER=clip-l] [DATA=<folder>] [VIEWS=4] [STUDENT=vit-b] [SEEDS=3] [PRESET=...]"
 	@echo "                      [WEIGHTS=<file>] [LAYOUT=zarr|wds] [ENCODING=fp16|int8|...] [STORE=<path or URL>]"
 	@echo "                      [WHITENING=layer_norm|mean_std|pca|none]"
-	@echo "                      [EXECUTOR=ray|inline] [WORK=runs] [FORCE=1] [SET=\"name=value ...\"]"
+	@echo "                      [EXECUTOR=ray|process|inline] [RAY=<address>] [JOIN=1] [RETRY_FAILED=1]"
+	@echo "                      [WORK=runs] [FORCE=1] [SET=\"name=value ...\"]"
 	@echo
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -64,14 +73,16 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup ## the whole path on real photographs with a real teacher, on a laptop CPU
 run: setup ## everything that is not up to date
-plan: setup ## what a run would do, and why; nothing is run
+plan: setup ## what a run would do, why and for how long; nothing is run, but for a trial of TRIAL=20 seconds (0: none)
 precision: setup ## how far each precision of TEACHER is from float32 on DATA, and how fast it is
 extract: setup ## fill or resume a store: the teacher's tokens of every view
 distill: setup ## a student from the store; again and again from the same store
 finetune: setup ## fine-tune on the labels, from scratch and from the student
 evaluate: setup ## probe frozen features; compare student and teacher
 report: setup ## the table and the HTML page
-status: setup ## every store, student and result
+status: setup ## every store, student and result; how far those are that are at work, and whether they are alive
+join: setup ## help to fill a store that another machine is filling: STORE=<folder>; needs nothing but that folder
+audit: setup ## ask the teachers again about N=64 random records of the stores: are they what is stored?
 verify: setup ## compare the stores with what was committed: READ_DATA=100%, 5%, or 0% for the structure alone
 repair: setup ## make again what is damaged of the stores, and nothing else
 convert: setup ## a store to another layout or encoding: FROM=<store> TO=<folder> LAYOUT=wds ENCODING=int8
@@ -79,10 +90,16 @@ upload: setup ## a finished store to an object store: FROM=<store> TO=s3://bucke
 teachers: setup ## the teachers by name: what they see and give, what they cost, their licence
 
 $(STAGE_COMMANDS):
-	$(PIPELINE) $@ $(OPTIONS)
+	$(PIPELINE) $@ $(OPTIONS) $(if $(filter plan,$@),$(call option,trial,TRIAL))
 
 status:
 	$(PIPELINE) $@ $(call option,work,WORK)
+
+join:
+	$(PIPELINE) $@ $(call quoted,STORE) $(call option,executor,EXECUTOR) $(call option,ray-address,RAY)
+
+audit:
+	$(PIPELINE) $@ $(call quoted,STORE) $(call option,work,WORK) $(call option,n,N) $(call option,seed,SEED)
 
 verify repair:
 	$(PIPELINE) $@ $(call quoted,STORE) $(call option,work,WORK) $(call option,read-data,READ_DATA)

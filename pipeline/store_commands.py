@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from pipeline import provenance
+from pipeline.options import ENCODING, LAYOUT, READ_DATA, WORK
 from pipeline.progress import show_progress
 from pipeline.repair import Health, examine_store, repair_store
 from pipeline.screen import console
@@ -16,23 +17,6 @@ from pipeline.workspace import open_workspace
 from storage.encodings import find_encoding
 from storage.errors import ConfigError, DamagedError
 from storage.token_subset import TokenSubset
-
-WORK = click.option(
-    "--work", default="runs", show_default=True, type=click.Path(path_type=Path), help="Folder of all results."
-)
-READ_DATA = click.option(
-    "--read-data", default="100%", show_default=True, metavar="PERCENT",
-    help="How much of the data to read and compare, by random shards; 0% looks at the structure alone, in seconds.",
-)  # fmt: skip
-ENCODING = click.option(
-    "--encoding", metavar="NAME", help="fp16, int8 (half the bytes), bit_round or zstd (for archives)."
-)
-WHITENING = click.option(
-    "--whitening", metavar="NAME", help="layer_norm (the paper's), mean_std, pca (both fitted on a sample) or none."
-)
-LAYOUT = click.option(
-    "--layout", type=click.Choice(["zarr", "wds"]), help="Zarr arrays, or WebDataset tars with the rendered views."
-)
 
 
 def parse_percent(text: str) -> float:

@@ -51,13 +51,15 @@ def test_every_variable_has_its_option(make: Make) -> None:
     given = {
         "PRESET": "smoke", "TEACHER": "toy", "WEIGHTS": "w.pt", "DATA": "d", "VIEWS": "3", "LAYOUT": "wds",
         "ENCODING": "int8", "WHITENING": "pca", "STORE": "s3://b/store", "STUDENT": "toy", "SEEDS": "2",
-        "EXECUTOR": "inline", "WORK": "w",
+        "EXECUTOR": "process", "RAY": "10.0.0.1:6379", "WORK": "w",
     }  # fmt: skip
-    printed = words(make("-n", "run", "FORCE=1", *(f"{name}={value}" for name, value in given.items())))
-    expected = [word for name, value in given.items() for word in (f"--{name.lower()}", value)]
-    assert printed == ["run", *expected, "--force"]
+    flags = {"FORCE": "--force", "JOIN": "--join", "RETRY_FAILED": "--retry-failed"}
+    option = {name: f"--{name.lower()}" for name in given} | {"RAY": "--ray-address"}
+    variables = [f"{name}={value}" for name, value in given.items()] + [f"{name}=1" for name in flags]
+    expected = [word for name, value in given.items() for word in (option[name], value)]
+    assert words(make("-n", "run", *variables)) == ["run", *expected, *flags.values()]
     options = {option for parameter in cli.commands["run"].params for option in parameter.opts}
-    assert options == {f"--{name.lower()}" for name in given} | {"--force", "--set"}
+    assert options == {*option.values(), *flags.values(), "--set"}
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.cli import resolve_config
 from pipeline.config import OtherTeacher, PipelineConfig
 from pipeline.presets import load_preset
+from pipeline.settings import resolve_config
 from pipeline.stages import STAGES
 from pipeline.workspace import Workspace
 from storage.atomic import write_json

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from distill.config import STUDENTS
-from pipeline.cli import COMMANDS, resolve_config
+from pipeline.cli import COMMANDS
 from pipeline.config import PipelineConfig, apply_overrides
 from pipeline.presets import load_preset
+from pipeline.settings import resolve_config
 from pipeline.stages import STAGES
 from pipeline.workspace import Workspace
 from storage.atomic import write_json
