@@ -4,6 +4,9 @@ errors.py       the exceptions a user can meet, with their exit codes
 schema.py       frozen, checked records that are equal to their JSON
 atomic.py       the only place that publishes files: write, fsync, rename
 lock.py         one writer a folder
+claims.py       which shards are whose, where several processes fill a store
+attempts.py     where a writer keeps a shard that is not published yet
+quarantine.py   shards that were given up
 process_lock.py a lock that a forked child finds open
 fingerprint.py  content hashes
 stage.py        what every stage returns, and the progress contract

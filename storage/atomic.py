@@ -109,10 +109,14 @@ def write_file(path: Path, data: bytes) -> None:
         private.unlink(missing_ok=True)
 
 
-def create_file(path: Path, data: bytes) -> bool:
-    """Create a file; False, and nothing changed, when it exists already. The first writer wins."""
+def create_file(path: Path, data: bytes, private: Path | None = None) -> bool:
+    """Create a file; False, and nothing changed, when it exists already. The first writer wins.
+
+    Args:
+        private: where it is written first; otherwise beside `path`.
+    """
     make_folder(path.parent)
-    private = private_name(path)
+    private = private or private_name(path)
     try:
         write_private(private, data)
         try:

@@ -5,15 +5,18 @@ whitening.npy      what a fitted whitening learnt
 images.bin         ordered keys, labels, digests
 zarr.json, tokens/ ... or dataset.json, shards/: see zarr_format.py and tar_format.py
 receipts/00017.json
-attempts/          private; swept when extraction starts
+attempts/          private, see attempts.py; swept when extraction starts
+claims/            which shards are whose, see claims.py; until the store is finished
+quarantine/        shards that were given up, see quarantine.py
 manifest.json      last
 """
 
-import contextlib
 import shutil
 from pathlib import Path
 
-from storage.atomic import make_folder, remove_tree, write_file
+from storage.atomic import make_folder, write_file
+from storage.attempts import sweep_attempts
+from storage.claims import remove_claims
 from storage.encodings import Encoding
 from storage.errors import ConfigError, DamagedError, DiskError
 from storage.files import LocalFiles
@@ -21,6 +24,7 @@ from storage.fingerprint import digest_bytes
 from storage.image_index import FILE_NAME as IMAGES_FILE
 from storage.image_list import ImageList
 from storage.layouts import LAYOUTS
+from storage.quarantine import forget_given_up
 from storage.receipts import committed_shards, receipt_name, receipt_path
 from storage.records import Backend, FeatureSpec, FileEntry, StoreManifest, StorePlan, refuse_other
 from storage.token_subset import TokenSubset
@@ -116,12 +120,13 @@ def find_plan(root: Path) -> StorePlan | None:
 
 
 def sweep(root: Path, plan: StorePlan) -> None:
-    """Remove what interrupted writers left, and receipts whose files are gone. Only while holding the store's lock."""
-    remove_tree(root / "attempts")
+    """Remove what interrupted writers left, and receipts whose files are gone. Only while holding the store's lock;
+    others may be committing shards meanwhile, and lose nothing."""
+    sweep_attempts(root)
+    receipts = {path.name for path in (root / "receipts").glob("*.json")}  # before they are read: new ones are whole
     committed = committed_shards(root, plan)
-    for index in range(plan.num_shards):
-        if index not in committed:
-            receipt_path(root, index).unlink(missing_ok=True)
+    for name in receipts - {receipt_path(root, index).name for index in committed}:
+        (root / "receipts" / name).unlink(missing_ok=True)
     if len(committed) < plan.num_shards:
         (root / "manifest.json").unlink(missing_ok=True)
     for pattern in (".*.partial", "*/.*.partial"):
@@ -156,6 +161,7 @@ def finish_store(root: Path) -> StoreManifest:
         bad_images=tuple(bad for index in range(plan.num_shards) for bad in shards[index].bad_images),
     )
     write_file(root / "manifest.json", manifest.to_file())
-    with contextlib.suppress(OSError):  # empty, unless another writer is at work
-        (root / "attempts").rmdir()
+    remove_claims(root)
+    forget_given_up(root)
+    sweep_attempts(root)
     return manifest

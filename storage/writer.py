@@ -1,6 +1,5 @@
 """Writing a shard: privately, fsynced, published by rename; then its receipt makes it exist."""
 
-import uuid
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from storage.atomic import create_file, disk_errors, make_folder, publish, remove_tree, write_private
+from storage.atomic import create_file, make_folder, publish, write_private
+from storage.attempts import private_attempt
 from storage.encodings import Fields
 from storage.errors import DamagedError
 from storage.fingerprint import crc32c
@@ -90,10 +90,8 @@ class ShardWriter:
         return self._publish(contents)
 
     def _publish(self, contents: dict[str, Pieces]) -> ShardEntry:
-        attempt = self.root / "attempts" / f"{self.index:05d}.{uuid.uuid4().hex[:12]}"
-        with disk_errors(attempt):
-            attempt.mkdir(parents=True)
-        try:
+        receipt = receipt_path(self.root, self.index)
+        with private_attempt(self.root, self.index) as attempt:
             with ThreadPoolExecutor(1) as pool:  # digests are taken while the disk works
                 described = pool.submit(
                     describe_shard, self.index, len(self.keys), self.plan, self._records, contents, self._bad
@@ -101,22 +99,21 @@ class ShardWriter:
                 for name, pieces in contents.items():
                     write_private(attempt / name.replace("/", "_"), *pieces)
                 entry = described.result()
+            is_there = receipt.exists()
             earlier = read_receipt(self.root, self.plan, self.index)
-            receipt = receipt_path(self.root, self.index)
-            if earlier is None:
+            if earlier is None and is_there:
                 receipt.unlink(missing_ok=True)  # a damaged one
-            elif earlier != entry:
+            elif earlier is not None and earlier != entry:
                 raise self._not_the_same()
             for name in contents:
                 path = self.root / name
                 make_folder(path.parent)
                 publish(attempt / name.replace("/", "_"), path)
-            if not create_file(receipt, entry.to_file()) and receipt.read_bytes() != entry.to_file():
+            written = entry.to_file()
+            if not create_file(receipt, written, attempt / "receipt") and receipt.read_bytes() != written:
                 receipt.unlink()  # of another writer, whose files these no longer are
                 raise self._not_the_same()
             return entry
-        finally:
-            remove_tree(attempt)
 
     def _not_the_same(self) -> DamagedError:
         return DamagedError(

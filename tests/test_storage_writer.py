@@ -1,5 +1,6 @@
 """Writing shards: what goes in comes out, and a commit is whole or not there."""
 
+import functools
 import itertools
 import random
 from pathlib import Path
@@ -154,15 +155,15 @@ def test_two_writers_of_one_shard_at_once(
         monkeypatch.setattr(storage.writer, "create_file", create_file)
         fill_shard(root, plan, images, 0, seed=seed).commit()
 
-    def create_late(path: Path, data: bytes, seed: int) -> bool:
+    def create_late(path: Path, data: bytes, private: Path, *, seed: int) -> bool:
         commit_of_another(seed)
-        return create_file(path, data)
+        return create_file(path, data, private)
 
-    monkeypatch.setattr(storage.writer, "create_file", lambda path, data: create_late(path, data, seed=0))
+    monkeypatch.setattr(storage.writer, "create_file", functools.partial(create_late, seed=0))
     entry = first.commit()
     assert read_receipt(root, plan, 0) == entry
     (root / "receipts/00000.json").unlink()
-    monkeypatch.setattr(storage.writer, "create_file", lambda path, data: create_late(path, data, seed=1))
+    monkeypatch.setattr(storage.writer, "create_file", functools.partial(create_late, seed=1))
     with pytest.raises(DamagedError, match="other bytes"):
         first.commit()
     assert read_receipt(root, plan, 0) is None
