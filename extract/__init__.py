@@ -39,6 +39,7 @@ pools.py       workers by the name of their executor:
   ray_pool.py            on Ray (the only file that imports ray)
 watch.py       what is said of an extraction: progress line, events, summary
 events.py      what happens to a store while it is filled, as a file beside it
+fill.py        the jobs that are missing, carried out by workers, with what becomes of each
 filling.py     one store while it is filled, and its metrics
 run.py         the stage: one store, or several in one pass over the images
 """

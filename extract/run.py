@@ -14,18 +14,17 @@ from typing import Any
 import torch
 
 from extract.config import ExtractConfig
-from extract.driver import drive
-from extract.filling import Filling, Target, find_receipts
-from extract.jobs import FailedJob, Job
+from extract.fill import fill
+from extract.filling import Filling, Target
 from extract.plan import build_plan
-from extract.pools import open_pool
+from extract.watch import Watch
 from extract.worker import Worker
 from storage.errors import ConfigError, DiskError, InputError, QuarantineError
 from storage.folder import find_plan, needed_bytes
 from storage.image_index import load_index
 from storage.lock import hold_lock
 from storage.records import StorePlan
-from storage.stage import Progress, SilentProgress, StopRequest, stop_on_signals
+from storage.stage import Progress, SilentProgress, stop_on_signals
 
 _SHARED = ("split", "views", "sampler", "renderer", "records_per_shard")
 """Settings in which stores agree that are filled in one pass: the images, their views, and what a job is."""
@@ -96,9 +95,9 @@ def run_together(
         if len(targets) > 1:
             _check_room(targets, [store.plan for store in planned])
         fillings = [Filling(*target, store, images) for target, store in zip(targets, planned, strict=True)]
-        failed = _fill(
-            fillings, functools.partial(Worker, [target.root.absolute() for target in targets], cfg.run), progress, stop
-        )
+        roots = [target.root.absolute() for target in targets]
+        with Watch(progress, roots) as watch:
+            failed = fill(fillings, functools.partial(Worker, roots, cfg.run), watch, stop)
         seconds = time.monotonic() - started
         outcomes: list[dict[str, Any] | QuarantineError] = []
         for filling in fillings:
@@ -108,44 +107,6 @@ def run_together(
             except QuarantineError as error:
                 outcomes.append(error)
     return outcomes
-
-
-def _fill(
-    stores: Sequence[Filling], make_worker: functools.partial[Worker], progress: Progress, stop: StopRequest
-) -> list[FailedJob]:
-    """Extract what is missing; returns the jobs that were given up."""
-    plan, cfg = stores[0].plan, stores[0].cfg
-    pending = [index for index in range(plan.num_shards) if any(index not in store.done for store in stores)]
-    total = plan.num_shards * len(stores)
-
-    def num_done() -> int:
-        return sum(len(store.done) for store in stores)
-
-    if num_done():
-        progress.say(f"resuming: {num_done()} of {total} shards are done")
-    num_bad = max(store.check_bad() for store in stores)
-    num_images = {index: len(plan.images_of_shard(index)) for index in pending}
-    progress.start(plan.num_images, "images", done=plan.num_images - sum(num_images.values()))
-    failed: list[FailedJob] = []
-    if not pending:
-        return failed
-    find_committed = functools.partial(find_receipts, [(store.root, store.plan) for store in stores])
-    with open_pool(cfg.run, make_worker, len(pending), stop) as pool:
-        for outcome in drive(pool, map(Job, pending), cfg.run, find_committed=find_committed, stop=stop):
-            if isinstance(outcome, FailedJob):
-                index = outcome.job.shard
-                failed.append(outcome)
-                progress.say(f"shard {index} is given up: {outcome.reason}")
-                entries = [store.look_again(index) for store in stores]
-            else:
-                entries, index = list(outcome.entries), outcome.entries[0].index
-                for store, entry in zip(stores, outcome.entries, strict=True):
-                    store.add(entry)
-            if any(entry is not None and entry.bad_images for entry in entries):
-                num_bad = max(store.check_bad() for store in stores)
-            is_done = all(index in store.done for store in stores)
-            progress.advance(num_images[index] if is_done else 0, shards=f"{num_done()}/{total}", bad=num_bad)
-    return failed
 
 
 def _check_agreement(targets: Sequence[Target]) -> None:
