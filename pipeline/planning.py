@@ -122,7 +122,7 @@ def _list_images(config: PipelineConfig, workspace: Workspace, progress: Progres
     if config.distill.store is not None:
         images = open_store(config.distill.store).images.at("")
         return ImageIndex(images, np.zeros(len(images), np.bool_))
-    raise ConfigError("no data: give DATA=<folder of class folders, or tars of images> (--data)")
+    raise ConfigError("no data: give DATA=<folder of class folders, or tars or Parquet files of images> (--data)")
 
 
 def _plan_stage(

@@ -19,6 +19,14 @@ views.py        which crop of an image (samplers) and its pixels (render_view)
 image_source.py what a source of images is
 image_folder.py a folder of class folders as a source
 image_tars.py   tars of images as a source
+image_parquet.py Parquet files of images as a source
+data_files.py   the files that hold a data set, read by parts
+file_parts.py   parts of a file as a file, for libraries that seek in one
+parquet_footer.py where each column of a Parquet file lies, and every number of that checked
+parquet_columns.py which of the columns hold images, labels and names
+parquet_table.py a Parquet file, unpacked as far as memory is allowed
+thrift.py       the protocol of Parquet's footers and page headers
+held_values.py  large values that threads share: each made once, the newest held
 tar_members.py  where the images lie in tars, kept from one command to the next
 images.py       a source by its path
 decode.py       image bytes to pixels

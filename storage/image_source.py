@@ -3,6 +3,7 @@
 Files are untrusted: nothing is unpacked to disk or unpickled, and sizes are checked before memory is taken.
 """
 
+import re
 from typing import NamedTuple, Protocol
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -24,6 +25,8 @@ class ImageEntry(NamedTuple):
     """Modification time of the file in ns; only ever compared for equality."""
     inode: int = 0
     """Of the file: changes when another one takes its place, whatever its time says."""
+    name: str = ""
+    """What the image's own file was called, where the key does not tell it."""
 
 
 class ImageSource(Protocol):
@@ -35,3 +38,14 @@ class ImageSource(Protocol):
 
 def split_of(word: str) -> str | None:
     return "train" if word in _TRAIN_NAMES else "eval" if word in _EVAL_NAMES else None
+
+
+def file_split(name: str) -> str | None:
+    """Files of many images are named `imagenet1k-validation-00.tar`: the word may stand anywhere."""
+    return next(filter(None, map(split_of, re.split(r"[^a-z]+", name.lower()))), None)
+
+
+def file_splits(names: list[str]) -> list[str | None]:
+    """The part that each file of a data set belongs to; none where their names do not tell `train` from `val`."""
+    found = [file_split(name) for name in names]
+    return found if {"train", "eval"} <= set(found) else [None] * len(names)

@@ -2,20 +2,14 @@
 
 import io
 import os
-import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from storage.errors import BadImageError, DamagedError, InputError
-from storage.image_source import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, ImageEntry, split_of
+from storage.image_source import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, ImageEntry, file_splits
 from storage.tar_members import Member, TarMembers, TarStat, load_members, members_path, save_members
-
-
-def _tar_split(name: str) -> str | None:
-    """Tars are named `imagenet1k-validation-00.tar`: the word may stand anywhere."""
-    return next(filter(None, map(split_of, re.split(r"[^a-z]+", name.lower()))), None)
 
 
 class TarImages:
@@ -33,8 +27,7 @@ class TarImages:
 
     def list_images(self) -> list[ImageEntry]:
         self._members = members = self._find_members()
-        is_divided = {"train", "eval"} <= {_tar_split(tar.stem) for tar in self.tars}
-        splits = [_tar_split(tar.stem) if is_divided else None for tar in self.tars]
+        splits = file_splits([tar.stem for tar in self.tars])
         if not len(members):
             raise InputError(
                 f"no image in {len(self.tars)} tar(s) at {self.tars[0].parent}; expected <key>.jpg, <key>.cls"

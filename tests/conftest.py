@@ -29,6 +29,7 @@ _TOPICS = (
     "jobs",
     "folder_server",
     "object_server",
+    "parquet",
 )
 pytest_plugins = [f"tests.fixtures.{topic}" for topic in _TOPICS]
 

@@ -45,7 +45,7 @@ def check(outcome: Any, code: int, *said: str, then: str | None = None) -> None:
         (("run", *SMOKE, "--data", "nowhere"), ("no such data: nowhere", "looked in /")),
         (("run", *SMOKE, "--data", "empty"), ("no image in empty", "expected empty/<class>/<image>")),
         (("run", *SMOKE, "--data", "text.txt"), ("text.txt is a file of another kind", "folder of class folders")),
-        (("run", *SMOKE, "--data", "{0..3}.tar"), ("no tar matches", "range of numbers")),
+        (("run", *SMOKE, "--data", "{0..3}.tar"), ("no file matches", "range of numbers")),
         (("run", *SMOKE, "--data", "images", "--teacher", "cilp-b"), ("unknown teacher 'cilp-b'", "'clip-b'")),
         (("run", "--preset", "smok", "--work", "runs"), ("unknown preset 'smok'", "'smoke'")),
         (("run", *SMOKE, "--student", "vitb"), ("unknown student 'vitb'", "'vit-b'")),
@@ -75,7 +75,7 @@ def test_settings_and_data(
         (("run", "--prset", "smoke"), ("No such option '--prset'", "--preset")),
         (("rum",), ("No such command 'rum'", "run")),
         (("run", "--views", "many"), ("'--views'", "'many' is not a valid integer")),
-        (("run", "--executor", "slurm"), ("'--executor'", "'slurm' is not one of 'ray', 'inline'")),
+        (("run", "--executor", "slurm"), ("'--executor'", "'slurm' is not one of 'ray', 'process', 'inline'")),
         (("run", "left over"), ("unexpected extra argument", "left over")),
     ],
 )
@@ -218,7 +218,7 @@ def test_our_own_bug_is_one_line_and_a_file(
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [(QuarantineError("2 of 9 shards were given up"), 3, "error: 2 of 9 shards were given up"),
-     (Interrupted("SIGTERM"), 130, "Go on with: decant run"), (KeyboardInterrupt(), 130, "Go on with: decant run")],
+     (Interrupted("SIGTERM"), 143, "Go on with: decant run"), (KeyboardInterrupt(), 130, "Go on with: decant run")],
 )  # fmt: skip
 def test_other_ends(
     decant: Decant, copy_run: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int,

@@ -71,9 +71,9 @@ def test_several_tars_patterns_and_ranges(make_tar: Callable[..., Path], tmp_pat
     assert keys(tmp_path / "set-{001..002}.tar") == ["1.png", "2.png"]
     assert keys(tmp_path / "{set-00[03],other}.tar") == ["0.png", "3.png", "z.png"]
     assert contents(tmp_path / "set-00?.tar") == {f"{n}.png": b"%d" % n for n in range(4)}
-    with pytest.raises(InputError, match=r"no tar matches .*set-004\.tar"):
+    with pytest.raises(InputError, match=r"no file matches .*set-004\.tar"):
         open_images(str(tmp_path / "set-{000..009}.tar"))
-    with pytest.raises(InputError, match=r"no tar matches .*val-\*\.tar"):
+    with pytest.raises(InputError, match=r"no file matches .*val-\*\.tar"):
         open_images(str(tmp_path / "{set,val}-*.tar"))
 
 
