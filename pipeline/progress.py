@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from storage.pace import Pace
 from storage.stage import Progress as ProgressContract
 
 LOG_SECONDS = 15.0
@@ -25,19 +26,21 @@ class _Bar:
         self.bar = Progress(
             TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[facts]}"), TimeElapsedColumn(),
-            TextColumn("eta"), TimeRemainingColumn(), console=console,
+            TextColumn("eta {task.fields[eta]}"), console=console,
         )  # fmt: skip
-        self.task = self.bar.add_task(name, total=None, rate="", facts="")
-        self.unit, self.first, self.began = "", 0, time.monotonic()
+        self.task = self.bar.add_task(name, total=None, rate="", facts="", eta="-")
+        self.unit, self.pace = "", Pace()
 
     def start(self, total: int, unit: str, done: int = 0) -> None:
-        self.unit, self.first, self.began = unit, done, time.monotonic()
-        self.bar.reset(self.task, total=total, completed=done, rate="", facts="")
+        self.unit, self.pace = unit, Pace()
+        self.bar.reset(self.task, total=total, completed=done, rate="", facts="", eta="-")
 
     def advance(self, amount: int, **facts: object) -> None:
-        done = self.bar.tasks[0].completed + amount - self.first
-        rate = done / max(1e-9, time.monotonic() - self.began)
-        self.bar.update(self.task, advance=amount, rate=_rate(rate, self.unit), facts=_facts(facts))
+        self.pace.add(amount)
+        task = self.bar.tasks[0]
+        left = (task.total or 0) - task.completed - amount
+        rate, eta = _rate(self.pace.per_second(), self.unit), clock(self.pace.seconds_for(left))
+        self.bar.update(self.task, advance=amount, rate=rate, facts=_facts(facts), eta=eta)
 
     def say(self, message: str) -> None:
         self.console.print(f"  {message}", highlight=False)
@@ -48,23 +51,23 @@ class _Lines:
 
     def __init__(self, name: str, console: Console) -> None:
         self.name, self.console = name, console
-        self.total = self.done = self.first = 0
-        self.unit, self.began, self.last = "", time.monotonic(), -math.inf
+        self.total = self.done = 0
+        self.unit, self.pace, self.last = "", Pace(), -math.inf
 
     def start(self, total: int, unit: str, done: int = 0) -> None:
-        self.total, self.unit, self.done, self.first = total, unit, done, done
-        self.began, self.last = time.monotonic(), -math.inf
+        self.total, self.unit, self.done = total, unit, done
+        self.pace, self.last = Pace(), -math.inf
 
     def advance(self, amount: int, **facts: object) -> None:
         self.done += amount
+        self.pace.add(amount)
         now = time.monotonic()
         if now - self.last < LOG_SECONDS and self.done < self.total:
             return
         self.last = now
-        rate = (self.done - self.first) / max(1e-9, now - self.began)
-        left = (self.total - self.done) / rate if rate else 0
         counted = f"{self.name}: {self.done:,}/{self.total:,} {self.unit}"
-        text = f"{counted}  {_rate(rate, self.unit)}  {_facts(facts)}  eta {_clock(left)}"
+        rate, eta = _rate(self.pace.per_second(), self.unit), clock(self.pace.seconds_for(self.total - self.done))
+        text = f"{counted}  {rate}  {_facts(facts)}  eta {eta}"
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def say(self, message: str) -> None:
@@ -126,6 +129,10 @@ def _facts(facts: dict[str, object]) -> str:
     return "  ".join(f"{name} {value}" for name, value in facts.items())
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float | None) -> str:
+    """`1:39`, `2:01:39`; `-` where nothing tells."""
+    if seconds is None:
+        return "-"
     minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes}:{rest:02d}"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -23,6 +23,8 @@ class Pace:
         """When, by the monotonic clock, and how much."""
 
     def add(self, amount: float) -> None:
+        if not amount:
+            return
         now = time.monotonic()
         if self.amounts and now - self.last < _STEP_SECONDS:
             when, before = self.amounts.pop()
@@ -40,5 +42,7 @@ class Pace:
 
     def seconds_for(self, amount: float) -> float | None:
         """How long so much would take; None while nothing tells."""
+        if amount <= 0:
+            return 0.0
         rate = self.per_second()
         return amount / rate if rate > 0 else None

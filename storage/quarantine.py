@@ -41,6 +41,12 @@ def find_given_up(root: Path, index: int) -> GivenUp | None:
     return found if found.shard == index else None
 
 
+def all_given_up(root: Path) -> list[GivenUp]:
+    """Every shard that was given up, in order. For people: nothing is locked."""
+    indices = sorted(int(path.stem) for path in root.glob(f"{_FOLDER}/*.json") if path.stem.isdecimal())
+    return [found for index in indices if (found := find_given_up(root, index)) is not None]
+
+
 def forget_given_up(root: Path, index: int | None = None) -> None:
     """Forget that a shard was given up; or that any was."""
     if index is None:
