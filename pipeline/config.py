@@ -4,9 +4,9 @@ import difflib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, StringConstraints, field_validator
 
 from distill.config import DistillConfig
 from extract.config import ExtractConfig
@@ -25,6 +25,14 @@ class DataConfig(Schema):
     eval_fraction: float = Field(default=0.2, ge=0, lt=1)
     """Share of each class that is held out for evaluation where the data has no `val` part of its own."""
     split_seed: int = 0
+    skip: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = ()
+    """Images that are left out of the train part: keys, file names without suffix, or the list `imagenet-27`, which the
+    paper's code leaves out where it reads plain folders (not from zips, and not in fine-tuning and linear probes)."""
+
+    @field_validator("skip", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
 
 class ReportConfig(Schema):

@@ -117,7 +117,7 @@ def _list_images(config: PipelineConfig, workspace: Workspace, progress: Progres
     if config.data.path is not None:
         return build_index(
             config.data.path, eval_fraction=config.data.eval_fraction, seed=config.data.split_seed,
-            cache_dir=workspace.cache_dir, progress=progress,
+            cache_dir=workspace.cache_dir, skip=config.data.skip, progress=progress,
         )  # fmt: skip
     if config.distill.store is not None:
         images = open_store(config.distill.store).images.at("")

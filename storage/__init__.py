@@ -34,6 +34,7 @@ resize.py       the antialiased resize behind render_view
 jpeg.py         rendered views as JPEG, for stores that keep them
 columns.py      keys, digests and other columns of a million rows in one sealed file
 image_list.py   images with labels and digests, in memory and on disk
+skipped_images.py images that are left out of training, by name
 image_digests.py digests of a data set's images, each taken once
 image_index.py  all images of a data set and their split: list, digest, divide
 files.py        where a store's files are, on a disk or behind a URL

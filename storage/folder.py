@@ -145,7 +145,7 @@ def finish_store(root: Path) -> StoreManifest:
     missing = [index for index in range(plan.num_shards) if index not in shards]
     if missing:
         raise DamagedError(f"{len(missing)} of {plan.num_shards} shards of {root} are missing, first {missing[0]}")
-    ImageList.from_file(root / IMAGES_FILE, (root / IMAGES_FILE).read_bytes())
+    images = ImageList.from_file(root / IMAGES_FILE, (root / IMAGES_FILE).read_bytes())
     described = LAYOUTS[plan.backend].metadata(plan)
     for name, data in described.items():  # once the manifest holds their digests, nothing would notice
         if (root / name).read_bytes() != data:
@@ -159,6 +159,7 @@ def finish_store(root: Path) -> StoreManifest:
         num_records=sum(entry.num_records for entry in shards.values()),
         num_bytes=sum(entry.num_bytes for entry in shards.values()),
         bad_images=tuple(bad for index in range(plan.num_shards) for bad in shards[index].bad_images),
+        skipped_images=images.skipped,
     )
     write_file(root / "manifest.json", manifest.to_file())
     remove_claims(root)

@@ -22,6 +22,7 @@ from storage.image_digests import take_digests
 from storage.image_list import ImageList, decode_images, encode_images
 from storage.image_source import ImageEntry
 from storage.images import open_images
+from storage.skipped_images import find_skipped
 from storage.stage import Progress, SilentProgress
 
 __all__ = ["FILE_NAME", "ImageIndex", "ImageList", "ImageRow", "Split", "build_index", "hold_out", "load_index",
@@ -81,7 +82,7 @@ class ImageIndex:
 
     def split(self, name: Split) -> ImageList:
         """The images of one split, in key order."""
-        return self.images.select(self.is_eval_N == (name == "eval"))
+        return self.images.select(self.is_eval_N == (name == "eval"), self.images.skipped if name == "train" else ())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -110,8 +111,9 @@ class ImageIndex:
 
 
 def build_index(
-    location: str, *, eval_fraction: float, seed: int, cache_dir: Path, progress: Progress | None = None
-) -> ImageIndex:
+    location: str, *, eval_fraction: float, seed: int, cache_dir: Path, skip: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> ImageIndex:  # fmt: skip
     """List a data set, digest its images and divide it.
 
     Where the data set has no `val` or `test` part of its own, `eval_fraction` of each class is held out: a function of
@@ -119,11 +121,14 @@ def build_index(
 
     Args:
         cache_dir: keeps digests from one call to the next.
-        progress: hears of the images that have to be read.
+        skip: names of images, or of lists of them, that are left out of the train part; nobody moves to the other part
+            because of it.
+        progress: hears of the images that have to be read, and of those that are left out.
 
     Raises:
         InputError: no image, a class too small to divide, or a name that is no text.
     """
+    progress = progress or SilentProgress()
     place = str(Path(location).expanduser().absolute())
     cache_dir = cache_dir.absolute()
     source = open_images(location, cache_dir)
@@ -141,11 +146,18 @@ def build_index(
         is_eval_N = np.fromiter((entry.split == "eval" for entry in entries), np.bool_, len(entries))
     else:
         is_eval_N = np.array([split == "eval" for split in hold_out(entries, eval_fraction, seed)], np.bool_)
+    is_skipped_N = find_skipped(entries, is_eval_N, skip, progress)
+    skipped = list[str]()
+    if is_skipped_N.any():
+        skipped = [entries[position].key for position in np.flatnonzero(is_skipped_N)]
+        entries = [entries[position] for position in np.flatnonzero(~is_skipped_N)]
+        keys, labels, is_eval_N = keys.select(~is_skipped_N), labels[~is_skipped_N], is_eval_N[~is_skipped_N]
     cache_path = cache_dir / f"digests-{digest_json(place)[:16]}.bin"
-    digests = take_digests(source, entries, keys, cache_path, progress or SilentProgress())
+    digests = take_digests(source, entries, keys, cache_path, progress)
     images = ImageList(
-        location=place, classes=classes, keys=keys, labels=labels, digests=digests, cache_dir=str(cache_dir)
-    )
+        location=place, classes=classes, keys=keys, labels=labels, digests=digests, cache_dir=str(cache_dir),
+        skipped=skipped,
+    )  # fmt: skip
     return ImageIndex(images, is_eval_N)
 
 

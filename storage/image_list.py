@@ -1,6 +1,7 @@
 """A list of images in memory and on disk: keys, labels and content digests in columns, 60 bytes an image.
 
-A file of columns (columns.py) with a header {location, cache_dir, classes, num_images, key_bytes, is_divided, ...} and
+A file of columns (columns.py) with a header {location, cache_dir, classes, num_images, key_bytes, is_divided}, the keys
+of images that were `skipped` where there are any, and
 
     key_lengths   uint32, N       bytes of each key
     keys          UTF-8           in ascending order
@@ -36,6 +37,8 @@ class _Header(Schema):
     num_images: int = Field(ge=0)
     key_bytes: int = Field(ge=0)
     is_divided: bool
+    skipped: tuple[str, ...] = ()
+    """Only in a file where it is not empty."""
 
 
 class ImageList:
@@ -44,6 +47,7 @@ class ImageList:
     def __init__(
         self, *, location: str, classes: Sequence[str], keys: Keys | Iterable[str],
         labels: NDArray[np.int32] | Sequence[int], digests: Digests | Iterable[str], cache_dir: str = "",
+        skipped: Sequence[str] = (),
     ) -> None:  # fmt: skip
         """
         Args:
@@ -52,8 +56,10 @@ class ImageList:
             labels: position in `classes`; -1 without a label.
             digests: of the encoded images, in hex; zeros for an image that could not be read.
             cache_dir: what is known of the tars at `location`; empty for nothing.
+            skipped: keys of images of the data set that were left out on purpose; no part of the list's identity.
         """
         self.location, self.cache_dir, self.classes = location, cache_dir, tuple(classes)
+        self.skipped = tuple(skipped)
         self.keys = keys if isinstance(keys, Keys) else Keys.encode(keys)
         self.labels_N = np.asarray(labels, np.int32)
         self.digests = digests if isinstance(digests, Digests) else Digests.encode(digests)
@@ -104,15 +110,19 @@ class ImageList:
         """The same images, lying elsewhere."""
         return ImageList(
             location=location, classes=self.classes, keys=self.keys, labels=self.labels_N, digests=self.digests,
-            cache_dir=cache_dir,
+            cache_dir=cache_dir, skipped=self.skipped,
         )  # fmt: skip
 
-    def select(self, is_taken_N: NDArray[np.bool_]) -> "ImageList":
-        """Some of the images, in the same order; those of a folder of their own take no memory."""
+    def select(self, is_taken_N: NDArray[np.bool_], skipped: Sequence[str] = ()) -> "ImageList":
+        """Some of the images, in the same order; those of a folder of their own take no memory.
+
+        Args:
+            skipped: those that were left out of this part.
+        """
         rows = as_run(is_taken_N)
         return ImageList(
             location=self.location, classes=self.classes, keys=self.keys.select(rows), labels=self.labels_N[rows],
-            digests=Digests(self.digests.rows_N16[rows]), cache_dir=self.cache_dir,
+            digests=Digests(self.digests.rows_N16[rows]), cache_dir=self.cache_dir, skipped=skipped,
         )  # fmt: skip
 
     def read_image(self, position: int) -> NDArray[np.uint8]:
@@ -160,11 +170,12 @@ def encode_images(images: ImageList, is_eval_N: NDArray[np.bool_] | None) -> byt
     keys = images.keys
     header = _Header(
         location=images.location, cache_dir=images.cache_dir, classes=images.classes, num_images=len(images),
-        key_bytes=len(keys.block), is_divided=is_eval_N is not None,
+        key_bytes=len(keys.block), is_divided=is_eval_N is not None, skipped=images.skipped,
     )  # fmt: skip
     columns: list[NDArray[Any]] = [keys.lengths_N, keys.block, images.labels_N.astype("<i4"), images.digests.rows_N16]
     return encode_columns(
-        header.model_dump_json().encode(), columns if is_eval_N is None else [*columns, is_eval_N.astype(np.uint8)]
+        header.model_dump_json(exclude=None if images.skipped else {"skipped"}).encode(),
+        columns if is_eval_N is None else [*columns, is_eval_N.astype(np.uint8)],
     )
 
 
@@ -195,6 +206,6 @@ def decode_images(path: Path | str, data: bytes, remedy: str) -> Decoded:
         raise DamagedError(f"{error}; {remedy}") from error
     images = ImageList(
         location=header.location, classes=header.classes, keys=keys, labels=labels_N, digests=Digests(digests_N16),
-        cache_dir=header.cache_dir,
+        cache_dir=header.cache_dir, skipped=header.skipped,
     )  # fmt: skip
     return Decoded(images, is_eval_N.astype(np.bool_) if header.is_divided else None)

@@ -229,10 +229,15 @@ class StoreManifest(Sealed):
     num_records: int
     num_bytes: int
     bad_images: tuple[BadImage, ...] = ()
+    skipped_images: tuple[str, ...] = ()
+    """Keys of images of the data set that were left out on purpose; only in a file where there are any."""
 
     @property
     def fingerprint(self) -> str:
         return self.plan.fingerprint
+
+    def to_json(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", exclude=None if self.skipped_images else {"skipped_images"})
 
 
 def refuse_other(path: Path | str, text: bytes) -> None:
