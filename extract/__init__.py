@@ -38,8 +38,13 @@ pools.py       workers by the name of their executor:
   inline_pool.py         in this process
   ray_pool.py            on Ray (the only file that imports ray)
 watch.py       what is said of an extraction: progress line, events, summary
+summary.py     what is said at its end
 events.py      what happens to a store while it is filled, as a file beside it
 fill.py        the jobs that are missing, carried out by workers, with what becomes of each
 filling.py     one store while it is filled, and its metrics
+sharing.py     which jobs are this driver's, where several fill the same stores
+preflight.py   is there a place for the stores, before a teacher is loaded
+retry.py       forgets what was given up
+join.py        helps a command that is filling a store
 run.py         the stage: one store, or several in one pass over the images
 """

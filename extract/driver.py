@@ -52,14 +52,15 @@ def ignore(kind: str, **facts: object) -> None:
 
 
 def drive(
-    pool: Pool, jobs: Iterable[Job], cfg: ExecutionConfig, *, find_committed: Callable[[Job], Result | None],
-    stop: StopRequest, claims: Claims | None = None, note: Note = ignore,
+    pool: Pool, jobs: Iterable[Job], cfg: ExecutionConfig, *,
+    find_committed: Callable[[Job], Result | FailedJob | None], stop: StopRequest, claims: Claims | None = None,
+    note: Note = ignore,
 ) -> Iterator[Result | FailedJob]:  # fmt: skip
     """Carry out jobs, in any order, and yield each one's result or why it was given up.
 
     Args:
         find_committed: the result of a job that did finish although its worker could not say so, or that another driver
-            has done.
+            has done; or why another driver has given it up.
 
     Raises:
         Interrupted: a stop was asked for; what was under way had `GRACE_SECONDS` to end.
@@ -107,8 +108,8 @@ class _Worker:
 
 class _Drive(Generic[Result]):
     def __init__(
-        self, pool: Pool, queue: deque[Job], cfg: ExecutionConfig, find_committed: Callable[[Job], Result | None],
-        stop: StopRequest, claims: Claims, note: Note,
+        self, pool: Pool, queue: deque[Job], cfg: ExecutionConfig,
+        find_committed: Callable[[Job], Result | FailedJob | None], stop: StopRequest, claims: Claims, note: Note,
     ) -> None:  # fmt: skip
         self.pool, self.queue, self.cfg, self.stop, self.claims, self.note = pool, queue, cfg, stop, claims, note
         self.find_committed = find_committed
@@ -181,7 +182,7 @@ class _Drive(Generic[Result]):
             self.elsewhere.append(job)
         return None
 
-    def _look_elsewhere(self) -> Iterator[Result]:
+    def _look_elsewhere(self) -> Iterator[Result | FailedJob]:
         """Jobs that other drivers have done are done; those that they have let go are ours again."""
         if self.queue or not self.elsewhere:
             return
@@ -225,7 +226,7 @@ class _Drive(Generic[Result]):
             case Died():
                 yield from self._bury(event.worker, event.reason)
 
-    def _finished(self, job: Job, result: Result) -> Result:
+    def _finished(self, job: Job, result: Result | FailedJob) -> Result | FailedJob:
         self.claims.release(job)
         return result
 
@@ -288,7 +289,7 @@ class _Drive(Generic[Result]):
         slow = sorted(self.seconds)[int(0.99 * len(self.seconds))] if self.seconds else 0.0
         return max(_LEAST_DEADLINE_SECONDS, _DEADLINE_FACTOR * slow)
 
-    def _wind_up(self) -> Iterator[Result]:
+    def _wind_up(self) -> Iterator[Result | FailedJob]:
         """Let jobs under way end; nothing new is begun. In this process, workers see to that themselves."""
         if not self.pool.can_kill:
             return

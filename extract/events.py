@@ -21,8 +21,11 @@ TAIL_BYTES = 1 << 20
 """Of a log that a reader looks at: the end of it."""
 
 
+LOG_SUFFIX = ".events.jsonl"
+
+
 def events_path(store: Path) -> Path:
-    return store.with_name(f"{store.name}.events.jsonl")
+    return store.with_name(f"{store.name}{LOG_SUFFIX}")
 
 
 class Event(NamedTuple):

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Sequence
 
 from extract.driver import Claims, drive
-from extract.filling import Filling, find_receipts
+from extract.filling import Filling, find_settled
 from extract.jobs import FailedJob, Job, MakeWork
 from extract.pools import open_pool
 from extract.watch import Watch
@@ -30,7 +30,7 @@ def fill(
         DecantError: an error that another attempt cannot mend, or no worker stays alive.
     """
     plan, cfg = stores[0].plan, stores[0].cfg
-    pending = [index for index in range(plan.num_shards) if any(index not in store.done for store in stores)]
+    pending = [index for index in range(plan.num_shards) if any(store.lacks(index) for store in stores)]
     num_images = {index: len(plan.images_of_shard(index)) for index in pending}
     watch.begin(
         plan.num_images, plan.num_images - sum(num_images.values()), sum(len(store.done) for store in stores),
@@ -39,7 +39,7 @@ def fill(
     if not pending:
         return []
     failed: list[FailedJob] = []
-    find_committed = functools.partial(find_receipts, [(store.root, store.plan) for store in stores])
+    find_committed = functools.partial(find_settled, [(store.root, store.plan) for store in stores])
     with open_pool(cfg.run, make_worker, len(pending), stop) as pool:
         for outcome in drive(
             pool, map(Job, pending), cfg.run, find_committed=find_committed, stop=stop, claims=claims, note=watch.note
@@ -49,6 +49,10 @@ def fill(
                 watch.given_up(outcome)
                 index = outcome.job.shard
                 entries = [store.look_again(index) if index not in store.done else None for store in stores]
+                for store in stores:
+                    store.give_up(outcome)
+                if claims is not None:  # only now: another driver would try it again
+                    claims.release(outcome.job)
                 if not any(entries):
                     continue
                 seconds = Extracted(()).seconds

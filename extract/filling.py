@@ -1,20 +1,23 @@
-"""One store while it is filled: what is committed of it, and what is said of it at the end."""
+"""One store while it is filled: what is committed of it, what was given up, and what is said of it at the end."""
 
+import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
-from extract.config import ExtractConfig
-from extract.extraction import remove_extraction, write_extraction
+from extract.config import ExecutionConfig, ExtractConfig
+from extract.extraction import load_extraction, remove_extraction, write_extraction
 from extract.jobs import FailedJob, Job
 from extract.plan import PlannedStore
+from extract.precision import Agreement
 from extract.weights import WeightsSource
 from extract.worker import Extracted
 from storage.errors import InputError, QuarantineError
-from storage.folder import create_store, finish_store, sweep
+from storage.folder import create_store, finish_store, load_plan, sweep
 from storage.image_list import ImageList
+from storage.quarantine import GivenUp, find_given_up, record_given_up
 from storage.receipts import committed_shards, read_receipt
-from storage.records import ShardEntry, StorePlan
+from storage.records import BadImage, ShardEntry, StorePlan
 
 
 class Target(NamedTuple):
@@ -25,24 +28,51 @@ class Target(NamedTuple):
 
 
 class Filling:
-    """Begins a store, or accepts the one that is there; the caller holds its lock.
+    def __init__(
+        self, cfg: ExtractConfig, root: Path, plan: StorePlan, images: ImageList, agreement: Agreement | None = None
+    ) -> None:
+        self.cfg, self.root, self.plan, self.images, self.agreement = cfg, root, plan, images, agreement
+        self.done = committed_shards(root, plan)
+        self.found = frozenset(self.done)
+        """Shards that earlier runs made."""
+        missing = (index for index in range(plan.num_shards) if index not in self.done)
+        known = ((index, find_given_up(root, index)) for index in missing)
+        self.given_up: dict[int, GivenUp] = {index: given_up for index, given_up in known if given_up is not None}
+        """Shards that are not there, and why."""
 
-    Raises:
-        ConfigError, DamagedError, DiskError: see `create_store`.
-    """
+    @classmethod
+    def begin(cls, cfg: ExtractConfig, root: Path, planned: PlannedStore, images: ImageList) -> Self:
+        """Begin a store, or accept the one that is there; the caller holds its lock.
 
-    def __init__(self, cfg: ExtractConfig, root: Path, planned: PlannedStore, images: ImageList) -> None:
-        self.cfg, self.root, self.plan, self.images = cfg, root, planned.plan, images
-        self.agreement = planned.agreement
+        Raises:
+            ConfigError, DamagedError, DiskError: see `create_store`.
+        """
         create_store(root, planned.plan, images, planned.statistics)
         sweep(root, planned.plan)
         write_extraction(root, cfg, images)
-        self.done = committed_shards(root, self.plan)
-        self.found = frozenset(self.done)
-        """Shards that earlier runs made."""
+        return cls(cfg, root, planned.plan, images, planned.agreement)
+
+    @classmethod
+    def begun(cls, root: Path, run: ExecutionConfig) -> Self:
+        """A store that another command has begun, from its folder alone.
+
+        Args:
+            run: how this process is to work.
+
+        Raises:
+            InputError: it is not being filled.
+            DamagedError: what its folder says is not what was written.
+        """
+        extraction = load_extraction(root)
+        return cls(extraction.settings_for(run), root, load_plan(root), extraction.load_images(root))
+
+    def lacks(self, index: int) -> bool:
+        """Whether a shard is neither there nor given up."""
+        return index not in self.done and index not in self.given_up
 
     def add(self, entry: ShardEntry) -> None:
         self.done[entry.index] = entry
+        self.given_up.pop(entry.index, None)
 
     def look_again(self, index: int) -> ShardEntry | None:
         """Take up a shard that was committed although nobody said so: the job that made it failed at another store."""
@@ -51,13 +81,31 @@ class Filling:
             self.add(entry)
         return entry
 
+    def give_up(self, failed: FailedJob) -> None:
+        """Say so in the store's folder, where other processes look, too; nothing where the shard is there."""
+        index = failed.job.shard
+        if index in self.done:
+            return
+        known = find_given_up(self.root, index)
+        if known is None:
+            known = GivenUp(
+                shard=index, reason=failed.reason, attempts=self.cfg.run.max_attempts, is_deadly=failed.is_deadly,
+                host=socket.gethostname(), when=GivenUp.now(),
+            )  # fmt: skip
+            record_given_up(self.root, known)
+        self.given_up[index] = known
+
+    @property
+    def bad_images(self) -> list[BadImage]:
+        return [bad for entry in self.done.values() for bad in entry.bad_images]
+
     def check_bad(self) -> int:
         """Count unusable images.
 
         Raises:
             InputError: more than `max_bad_fraction` allows.
         """
-        bad = [bad for entry in self.done.values() for bad in entry.bad_images]
+        bad = self.bad_images
         allowed = max(1, int(self.cfg.max_bad_fraction * len(self.images)))
         if len(bad) > allowed:
             listed = "; ".join(f"{image.key}: {image.reason}" for image in bad[:5])
@@ -67,28 +115,32 @@ class Filling:
             )
         return len(bad)
 
-    def finish(self, failed: Sequence[FailedJob], seconds: float, together_with: list[str]) -> dict[str, Any]:
-        """Write the manifest.
+    def check_whole(self) -> None:
+        """
+        Raises:
+            QuarantineError: shards were given up; says which, and why.
+        """
+        if not self.given_up:
+            return
+        first = self.given_up[min(self.given_up)]
+        listed = ", ".join(map(str, sorted(self.given_up)[:10])) + (", ..." if len(self.given_up) > 10 else "")
+        raise QuarantineError(
+            f"{len(self.given_up)} of {self.plan.num_shards} shards of {self.root} were given up ({listed}; shard "
+            f"{first.shard} after {first.attempts} attempts, {first.when} UTC: {first.reason}); all others are safe, "
+            "and these are tried again with --retry-failed (RETRY_FAILED=1)"
+        )
+
+    def finish(self, seconds: float, together_with: list[str]) -> dict[str, Any]:
+        """Write the manifest of a store that is whole.
 
         Args:
-            failed: jobs that were given up, perhaps for another store's sake.
             seconds: of the whole pass.
             together_with: the teachers of the stores that were filled in the same pass.
 
         Returns:
             The stage's metrics.
-
-        Raises:
-            QuarantineError: shards of this store are missing.
         """
         plan = self.plan
-        lost = [job for job in failed if job.job.shard not in self.done]
-        if lost:
-            raise QuarantineError(
-                f"{len(lost)} of {plan.num_shards} shards of {self.root} were given up after "
-                f"{self.cfg.run.max_attempts} attempts (first: shard {lost[0].job.shard}: {lost[0].reason}); all "
-                "others are safe: give the same command again"
-            )
         manifest = finish_store(self.root)
         remove_extraction(self.root)
         made = [entry for index, entry in self.done.items() if index not in self.found]
@@ -121,8 +173,16 @@ def _place(weights: WeightsSource) -> str:
     return weights if weights == "random" else str(weights.expanduser().resolve())
 
 
-def find_receipts(stores: Sequence[tuple[Path, StorePlan]], job: Job) -> Extracted | None:
-    """What a worker would say of a job; None while a store does not have the shard."""
+def find_settled(stores: Sequence[tuple[Path, StorePlan]], job: Job) -> Extracted | FailedJob | None:
+    """What has become of a job, whoever was at it: what a worker would say of it where every store has the shard, why
+    it was given up where some lack it for good; None while it is still to be done."""
     entries = [read_receipt(root, plan, job.shard) for root, plan in stores]
     found = tuple(entry for entry in entries if entry is not None)
-    return Extracted(found) if len(found) == len(stores) else None
+    if len(found) == len(stores):
+        return Extracted(found)
+    lacking = [root for (root, _), entry in zip(stores, entries, strict=True) if entry is None]
+    reasons = [find_given_up(root, job.shard) for root in lacking]
+    known = [reason for reason in reasons if reason is not None]
+    if len(known) < len(lacking):
+        return None
+    return FailedJob(job, known[0].reason, known[0].is_deadly)

@@ -4,8 +4,6 @@ python -m pipeline extract --teacher clip-l,dino-b --data /data/imagenet --views
 """
 
 import contextlib
-import functools
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,16 +12,14 @@ from typing import Any
 import torch
 
 from extract.config import ExtractConfig
-from extract.fill import fill
 from extract.filling import Filling, Target
 from extract.plan import build_plan
-from extract.watch import Watch
-from extract.worker import Worker
-from storage.errors import ConfigError, DiskError, InputError, QuarantineError
-from storage.folder import find_plan, needed_bytes
+from extract.preflight import check_place
+from extract.retry import forget_failures
+from extract.sharing import fill_with_others
+from storage.errors import ConfigError, InputError, QuarantineError
 from storage.image_index import load_index
 from storage.lock import hold_lock
-from storage.records import StorePlan
 from storage.stage import Progress, SilentProgress, stop_on_signals
 
 _SHARED = ("split", "views", "sampler", "renderer", "records_per_shard")
@@ -31,13 +27,15 @@ _SHARED = ("split", "views", "sampler", "renderer", "records_per_shard")
 
 
 def run(
-    cfg: ExtractConfig, inputs: Mapping[str, Path], out_dir: Path, progress: Progress | None = None
-) -> dict[str, Any]:
+    cfg: ExtractConfig, inputs: Mapping[str, Path], out_dir: Path, progress: Progress | None = None, *,
+    retry_failed: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Extract every missing shard of the store `out_dir` and finish it.
 
     Args:
         inputs: `data`, an image index file; `extract`, a finished store whose fitted whitening is taken, if that is to
             be shared.
+        retry_failed: try again what earlier runs gave up.
 
     Returns:
         The stage's metrics.
@@ -46,15 +44,16 @@ def run(
         QuarantineError: some shards were given up; all others are committed.
         InputError: too many unusable images, or none at all.
     """
-    [outcome] = run_together([(cfg, out_dir)], inputs, progress)
+    [outcome] = run_together([(cfg, out_dir)], inputs, progress, retry_failed=retry_failed)
     if isinstance(outcome, QuarantineError):
         raise outcome
     return outcome
 
 
 def run_together(
-    stores: Sequence[tuple[ExtractConfig, Path]], inputs: Mapping[str, Path], progress: Progress | None = None
-) -> list[dict[str, Any] | QuarantineError]:
+    stores: Sequence[tuple[ExtractConfig, Path]], inputs: Mapping[str, Path], progress: Progress | None = None, *,
+    retry_failed: bool = False,
+) -> list[dict[str, Any] | QuarantineError]:  # fmt: skip
     """`run` for several stores in one pass: each image is read and decoded once, rendered once a size, and goes through
     every teacher that still lacks it. Each store gets the bytes that it would get alone.
 
@@ -68,21 +67,23 @@ def run_together(
     Raises:
         ConfigError: the stores cannot be filled in one pass; names the setting.
         StoreBusyError: another process writes one of them; nothing is done then.
+        DiskError: there is no room for them, or nothing can be written there.
         InputError: too many unusable images, or none at all.
     """
     progress = progress or SilentProgress()
     targets = [Target(cfg, root) for cfg, root in stores]
     _check_agreement(targets)
-    cfg = targets[0].cfg
-    images = load_index(inputs["data"]).split(cfg.split)
-    if not len(images):
-        raise InputError(
-            f"no image is in the {cfg.split!r} part of {images.location}; raise data.eval_fraction above 0"
-        )
     with contextlib.ExitStack() as held:
         for target in targets:  # a lock is never waited for, so the order does not matter
             held.enter_context(hold_lock(target.root))
-        planned = [
+        images = load_index(inputs["data"]).split(targets[0].cfg.split)
+        if not len(images):
+            raise InputError(
+                f"no image is in the {targets[0].cfg.split!r} part of {images.location}; raise data.eval_fraction "
+                "above 0"
+            )
+        check_place(targets, len(images))
+        planned = [  # a signal ends this at once: there is nothing yet that could be lost
             build_plan(target.cfg, images, target.root, target.cfg.whitening_from or inputs.get("extract"))
             for target in targets
         ]
@@ -90,23 +91,25 @@ def run_together(
         for target, store in zip(targets, planned, strict=True):
             if store.agreement is not None:
                 progress.say(f"{target.cfg.teacher}: {store.agreement}")
+            if retry_failed:
+                forget_failures(target.root, store.plan, progress)
         started = time.monotonic()
         stop = held.enter_context(stop_on_signals())
-        if len(targets) > 1:
-            _check_room(targets, [store.plan for store in planned])
-        fillings = [Filling(*target, store, images) for target, store in zip(targets, planned, strict=True)]
-        roots = [target.root.absolute() for target in targets]
-        with Watch(progress, roots) as watch:
-            failed = fill(fillings, functools.partial(Worker, roots, cfg.run), watch, stop)
+        fillings = [Filling.begin(*target, store, images) for target, store in zip(targets, planned, strict=True)]
+        watch = fill_with_others(fillings, progress, stop)
         seconds = time.monotonic() - started
-        outcomes: list[dict[str, Any] | QuarantineError] = []
-        for filling in fillings:
-            others = [other.cfg.teacher for other in fillings if other is not filling]
-            try:
-                outcomes.append(filling.finish(failed, seconds, others))
-            except QuarantineError as error:
-                outcomes.append(error)
-    return outcomes
+        return [_finish(filling, fillings, seconds, watch.summary()) for filling in fillings]
+
+
+def _finish(
+    filling: Filling, fillings: Sequence[Filling], seconds: float, summary: dict[str, Any]
+) -> dict[str, Any] | QuarantineError:
+    try:
+        filling.check_whole()
+    except QuarantineError as error:
+        return error
+    others = [other.cfg.teacher for other in fillings if other is not filling]
+    return filling.finish(seconds, others) | {"run": summary}
 
 
 def _check_agreement(targets: Sequence[Target]) -> None:
@@ -123,21 +126,3 @@ def _check_agreement(targets: Sequence[Target]) -> None:
     twice = next((root for number, root in enumerate(roots) if root in roots[:number]), None)
     if twice is not None:
         raise ConfigError(f"two of the stores that are to be filled in one pass are the same, {twice}; name one")
-
-
-def _check_room(targets: Sequence[Target], plans: Sequence[StorePlan]) -> None:
-    """Each store looks whether it has room; here, whether all that are new have it together.
-
-    Raises:
-        DiskError: they have not.
-    """
-    needed: dict[int, int] = {}
-    for (_, root), plan in zip(targets, plans, strict=True):
-        disk = root.stat().st_dev
-        needed[disk] = needed.get(disk, 0) + (needed_bytes(plan) if find_plan(root) is None else 0)
-        free = shutil.disk_usage(root).free
-        if needed[disk] > free:
-            raise DiskError(
-                f"the {len(targets)} stores need {needed[disk] / 1e6:,.3f} MB and more at {root.parent}, where "
-                f"{free / 1e6:,.3f} MB are free; fewer teachers at a time, or smaller stores (ENCODING=int8)"
-            )

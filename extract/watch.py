@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from extract.events import EventLog, events_path
 from extract.jobs import FailedJob
+from extract.summary import summary_lines
 from extract.timing import StageSeconds
 from storage.errors import first_line
 from storage.pace import Pace
@@ -18,8 +19,6 @@ from storage.stage import Interrupted, Progress
 
 BEAT_SECONDS = 5.0
 """Between two signs of life in the log."""
-_BAD_LISTED = 10
-"""Bad images that the summary names; the log has all."""
 
 
 class Watch:
@@ -111,7 +110,7 @@ class Watch:
         """A shard is committed.
 
         Args:
-            entries: its receipt in each store; None in one that still lacks it.
+            entries: its receipt in each store; None in one that lacks it still, or had it before.
             num_images: by which the images that are in every store became more.
         """
         with self.turn:
@@ -153,6 +152,11 @@ class Watch:
             self.beats.join()
             self._log("progress", **self._state())
         self._log("end", outcome=outcome, **self.summary())
+        log = self.logs[0]
+        for line in summary_lines(self.summary(), self.bad, str(log.path)):
+            self.progress.say(line)
+        if log.num_lost:
+            self.progress.say(f"{log.num_lost:,} events could not be written to {log.path}: {log.why_lost}")
 
     def summary(self) -> dict[str, Any]:
         """What this run did, as plain JSON."""
@@ -189,8 +193,10 @@ class Watch:
         self.progress.advance(num_images, **facts, bad=self.bad_before + len(self.bad))
 
     def _busy(self) -> float | None:
-        """Share of the workers' time in which the teacher ran; None where no worker is up."""
-        return min(1.0, self.busy_pace.per_second() / len(self.workers)) if self.workers else None
+        """Share of the workers' time in which the teacher ran; None where nothing tells."""
+        if not self.workers or not self.seconds.forward:
+            return None
+        return min(1.0, self.busy_pace.per_second() / len(self.workers))
 
     def _state(self) -> dict[str, object]:
         """How far the run is. Everything that one who looks at the log's end needs to know."""

@@ -188,7 +188,8 @@ def test_a_teacher_that_fails_is_given_up_and_the_other_store_is_finished(
     assert isinstance(failed, QuarantineError)
     assert progress.said[-3:] == ["3 8/12", "0 9/12", "0 10/12"], "what the other store has of a given-up shard"
     assert "2 of 6 shards of" in str(failed)
-    assert "(first: shard 4: RuntimeError: teacher 'toy': ValueError: out of something)" in str(failed)
+    assert "were given up (4, 5; shard 4 after 3 attempts" in str(failed)
+    assert "RuntimeError: teacher 'toy': ValueError: out of something" in str(failed)
     assert isinstance(metrics, dict)
     assert metrics["shards"] == 6
     assert tree_bytes(tmp_path / "tars") == files["tars"]
@@ -276,7 +277,7 @@ def test_ray_workers_that_die_between_two_stores_make_the_same_bytes(
         (cfg.model_copy(update={"run": cfg.run.model_copy(update=on_ray)}), root)
         for cfg, root in targets(tmp_path / "ray", names)
     ]
-    monkeypatch.setattr("extract.run.Worker", DyingWorker)
+    monkeypatch.setattr("extract.sharing.Worker", DyingWorker)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     try:
         outcomes = run_together(stores, {"data": data})
