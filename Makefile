@@ -93,7 +93,7 @@ $(STAGE_COMMANDS):
 	$(PIPELINE) $@ $(OPTIONS) $(if $(filter plan,$@),$(call option,trial,TRIAL))
 
 status:
-	$(PIPELINE) $@ $(call option,work,WORK)
+	$(PIPELINE) $@ $(call quoted,STORE) $(call option,work,WORK)
 
 join:
 	$(PIPELINE) $@ $(call quoted,STORE) $(call option,executor,EXECUTOR) $(call option,ray-address,RAY)

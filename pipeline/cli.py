@@ -109,10 +109,11 @@ def precision(work: Path, force: bool, join: bool, retry_failed: bool, **options
     show_precisions(_make_plan(config, workspace, (), ()))
 
 
-@cli.command(help="Every store, student and result in the work folder.")
+@cli.command(help="Every store, student and result in the work folder, or named stores; and how far those at work are.")
+@click.argument("stores", nargs=-1)
 @WORK
-def status(work: Path) -> None:
-    show_status(open_workspace(work))
+def status(stores: tuple[str, ...], work: Path) -> None:
+    show_status(open_workspace(work), stores)
 
 
 for _store_command in STORE_COMMANDS:

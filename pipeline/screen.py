@@ -1,6 +1,7 @@
 """What a command shows: the plan before the work, the table after it."""
 
 import shutil
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -10,9 +11,10 @@ from extract.resolve import resolve_teacher
 from extract.teachers import TEACHERS
 from pipeline.planning import Plan, StagePlan
 from pipeline.stages import STAGES
+from pipeline.store_status import status_lines, what_became_of_filling
 from pipeline.tables import Row, findings, result_rows
 from pipeline.teacher_table import teacher_lines
-from pipeline.workspace import Workspace, read_result, read_state
+from pipeline.workspace import RunState, Workspace, read_result, read_state
 from storage.atomic import nearest_existing
 from storage.fingerprint import short
 from storage.folder import needed_record_bytes
@@ -109,8 +111,14 @@ def _results_table(rows: list[Row]) -> Table:
     return table
 
 
-def show_status(workspace: Workspace) -> None:
-    """Every finished result, and every folder where something was begun."""
+def show_status(workspace: Workspace, stores: tuple[str, ...] = ()) -> None:
+    """Every finished result, every folder where something was begun, and how far stores are that are being filled; or
+    only the latter, of named stores."""
+    if stores:
+        for store in map(Path, stores):
+            for line in list(status_lines(store)) or [f"{store}: nothing tells that it was ever filled here"]:
+                console.print(line, soft_wrap=True)
+        return
     table = Table(box=None, pad_edge=False)
     for title in ("stage", "folder", "state", "made by"):
         table.add_column(title, overflow="fold")
@@ -120,13 +128,21 @@ def show_status(workspace: Workspace) -> None:
     for path in sorted(workspace.root.glob("*/*/state.json")):
         state = read_state(path.parent)
         if state is not None and read_result(path.parent) is None:  # a kill may come between the two files
-            table.add_row("", str(path.parent), state.state, state.message)
+            table.add_row("", str(path.parent), _what_became(path.parent, state), state.message)
     if table.row_count:
         console.print(table)
     else:
         console.print(
             f"nothing in {workspace.root} yet; start with `make demo`, or `make extract TEACHER=... DATA=...`"
         )
+    for store in workspace.unfinished_stores():
+        for line in status_lines(store):
+            console.print(line, soft_wrap=True)
+
+
+def _what_became(folder: Path, state: RunState) -> str:
+    """A killed command could not write down that it was."""
+    return (what_became_of_filling(folder) if state.state == "running" else "") or state.state
 
 
 def show_teachers() -> None:

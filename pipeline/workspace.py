@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from extract.events import LOG_SUFFIX, events_path
 from pipeline.stages import Stage, plain_name
 from storage.atomic import nearest_existing, read_json, remove_tree, write_json
 from storage.errors import ConfigError, DamagedError
@@ -62,6 +63,12 @@ class Workspace(NamedTuple):
         """All stores, finished or not, also those that have lost a part."""
         found = {path.parent for name in ("plan.json", "manifest.json") for path in self.root.glob(f"stores/*/{name}")}
         return sorted(folder for folder in found if folder.suffix not in _EXCHANGED)
+
+    def unfinished_stores(self) -> list[Path]:
+        """Stores that something was written into, or that are made again, and that have no result yet."""
+        logged = {path.name.removesuffix(LOG_SUFFIX) for path in self.root.glob(f"stores/*{LOG_SUFFIX}")}
+        folders = sorted(self.root / "stores" / name for name in logged)
+        return [folder for folder in folders if folder.is_dir() and read_result(folder) is None]
 
 
 def open_workspace(root: Path) -> Workspace:
@@ -151,6 +158,8 @@ def exchange(folder: Path) -> None:
     """Put the finished `again_folder` in the place of the older one."""
     aside = _aside(folder)
     remove_tree(aside)
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(events_path(again_folder(folder)), events_path(folder))
     os.rename(folder, aside)
     finish_exchange(folder)
 
