@@ -49,7 +49,7 @@ def execute(
         to_do = [item for item in items if item.action != "skip"]
         if to_do:
             with progress(name) as display:
-                _execute(plan, to_do, display)
+                _execute_or_help(plan, to_do, display, join=join, retry_failed=retry_failed)
         result = read_result(plan.stages[name].folder)
         assert result is not None
         results[name] = result
@@ -68,7 +68,42 @@ def _check_labels(images: ImageIndex, wanted: set[str]) -> None:
                 )
 
 
-def _execute(plan: Plan, items: Sequence[StagePlan], progress: Progress) -> None:
+def _execute_or_help(
+    plan: Plan, items: Sequence[StagePlan], progress: Progress, *, join: bool, retry_failed: bool
+) -> None:
+    """Run a stage. Where another command fills the same stores and `join` allows it, help that one; then see to what it
+    left undone."""
+    while items:
+        try:
+            _execute(plan, items, progress, retry_failed=retry_failed)
+            return
+        except StoreBusyError:
+            if not join or items[0].stage.folder != "stores":
+                raise
+        joining = importlib.import_module("extract.join")
+        settings = [item.settings for item in items]
+        joining.help_others(
+            [item.folder for item in items], settings[0].run, progress,  # type: ignore[attr-defined]
+            teachers=[cfg.teacher for cfg in settings],  # type: ignore[attr-defined]
+        )  # fmt: skip
+        items = _wait_for_results(items, joining.PATIENCE_SECONDS)
+
+
+def _wait_for_results(items: Sequence[StagePlan], seconds: float) -> list[StagePlan]:
+    """Those that have no result although the command that was at them had a moment to write it."""
+    deadline = time.monotonic() + seconds
+    while True:
+        results = [read_result(item.folder) for item in items]
+        missing = [
+            item for item, result in zip(items, results, strict=True)
+            if result is None or result.fingerprint != item.fingerprint
+        ]  # fmt: skip
+        if not missing or time.monotonic() > deadline:
+            return missing
+        time.sleep(0.1)
+
+
+def _execute(plan: Plan, items: Sequence[StagePlan], progress: Progress, *, retry_failed: bool) -> None:
     """Run a stage; or, for several stores, the same stage once for all of them. What did not fail has its result even
     where another one failed."""
     stage = items[0].stage
@@ -86,7 +121,8 @@ def _execute(plan: Plan, items: Sequence[StagePlan], progress: Progress) -> None
     with contextlib.ExitStack() as states:
         for folder in folders:
             states.enter_context(_state(folder))
-        for item, folder, outcome in zip(items, folders, _outcomes(items, folders, inputs, progress), strict=True):
+        outcomes = _outcomes(items, folders, inputs, progress, retry_failed=retry_failed)
+        for item, folder, outcome in zip(items, folders, outcomes, strict=True):
             if isinstance(outcome, DecantError):
                 failures.append(outcome)
                 write_state(folder, "failed", str(outcome))
@@ -101,14 +137,16 @@ def _execute(plan: Plan, items: Sequence[StagePlan], progress: Progress) -> None
 
 
 def _outcomes(
-    items: Sequence[StagePlan], folders: Sequence[Path], inputs: dict[str, Path], progress: Progress
-) -> list[dict[str, Any] | DecantError]:
+    items: Sequence[StagePlan], folders: Sequence[Path], inputs: dict[str, Path], progress: Progress, *,
+    retry_failed: bool,
+) -> list[dict[str, Any] | DecantError]:  # fmt: skip
     """The metrics of each item, or why it has none."""
     module = importlib.import_module(items[0].stage.module)
+    options = {"retry_failed": True} if retry_failed and items[0].stage.folder == "stores" else {}
     if len(items) == 1:
-        return [module.run(items[0].settings, inputs, folders[0], progress)]
+        return [module.run(items[0].settings, inputs, folders[0], progress, **options)]
     stores = [(item.settings, folder) for item, folder in zip(items, folders, strict=True)]
-    outcomes: list[dict[str, Any] | DecantError] = module.run_together(stores, inputs, progress)
+    outcomes: list[dict[str, Any] | DecantError] = module.run_together(stores, inputs, progress, **options)
     return outcomes
 
 
