@@ -55,9 +55,9 @@ def fill(
                     claims.release(outcome.job)
                 if not any(entries):
                     continue
-                seconds = Extracted(()).seconds
+                seconds, is_ours = Extracted(()).seconds, True
             else:
-                index, seconds = outcome.entries[0].index, outcome.seconds
+                index, seconds, is_ours = outcome.entries[0].index, outcome.seconds, outcome.is_ours
                 entries = [
                     entry if index not in store.done else None
                     for store, entry in zip(stores, outcome.entries, strict=True)
@@ -66,7 +66,7 @@ def fill(
                 if entry is not None:
                     store.add(entry)
             is_whole = all(index in store.done for store in stores)
-            watch.shard(entries, seconds, num_images[index] if is_whole else 0)
+            watch.shard(entries, seconds, num_images[index] if is_whole else 0, is_ours=is_ours)
             if any(entry is not None and entry.bad_images for entry in entries):
                 for store in stores:
                     store.check_bad()

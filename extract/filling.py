@@ -179,7 +179,7 @@ def find_settled(stores: Sequence[tuple[Path, StorePlan]], job: Job) -> Extracte
     entries = [read_receipt(root, plan, job.shard) for root, plan in stores]
     found = tuple(entry for entry in entries if entry is not None)
     if len(found) == len(stores):
-        return Extracted(found)
+        return Extracted(found, is_ours=False)
     lacking = [root for (root, _), entry in zip(stores, entries, strict=True) if entry is None]
     reasons = [find_given_up(root, job.shard) for root in lacking]
     known = [reason for reason in reasons if reason is not None]

@@ -106,35 +106,37 @@ class Watch:
                 self.progress.say("stopping: shards that are under way may end; once more stops at once")
             self._log(kind, **facts)
 
-    def shard(self, entries: Sequence[ShardEntry | None], seconds: StageSeconds, num_images: int) -> None:
+    def shard(
+        self, entries: Sequence[ShardEntry | None], seconds: StageSeconds, num_images: int, *, is_ours: bool = True
+    ) -> None:
         """A shard is committed.
 
         Args:
             entries: its receipt in each store; None in one that lacks it still, or had it before.
             num_images: by which the images that are in every store became more.
+            is_ours: False for one that another driver committed, which counts as done, not as made.
         """
         with self.turn:
             found = [entry for entry in entries if entry is not None]
             num_bytes = sum(entry.num_bytes for entry in found)
             self.images_done += num_images
             self.shards_done += len(found)
-            self.made.update(
-                images=num_images, shards=len(found), bytes=num_bytes, records=sum(e.num_records for e in found)
-            )
-            self.seconds = self.seconds.plus(seconds)
             self.images_pace.add(num_images)
             self.bytes_pace.add(num_bytes)
-            self.busy_pace.add(seconds.forward)
             for log, entry in zip(self.logs, entries, strict=True):
                 if entry is None:
                     continue
                 for bad in entry.bad_images:
                     self.bad.setdefault(bad.key, bad.reason)
                     log.write("bad image", key=bad.key, reason=bad.reason, shard=entry.index)
-                log.write(
-                    "shard", shard=entry.index, records=entry.num_records, bytes=entry.num_bytes,
-                    bad=len(entry.bad_images), **{f"{part}_seconds": round(s, 3) for part, s in _parts(seconds)},
-                )  # fmt: skip
+                if is_ours:
+                    log.write("shard", **_shard_facts(entry, seconds))
+            if is_ours:
+                self.made.update(
+                    images=num_images, shards=len(found), bytes=num_bytes, records=sum(e.num_records for e in found)
+                )
+                self.seconds = self.seconds.plus(seconds)
+                self.busy_pace.add(seconds.forward)
             self._advance(num_images)
 
     def given_up(self, failed: FailedJob) -> None:
@@ -227,6 +229,16 @@ class Watch:
     def _log(self, kind: str, **facts: object) -> None:
         for log in self.logs:
             log.write(kind, **facts)
+
+
+def _shard_facts(entry: ShardEntry, seconds: StageSeconds) -> dict[str, object]:
+    return {
+        "shard": entry.index,
+        "records": entry.num_records,
+        "bytes": entry.num_bytes,
+        "bad": len(entry.bad_images),
+        **{f"{part}_seconds": round(spent, 3) for part, spent in _parts(seconds)},
+    }
 
 
 def _parts(seconds: StageSeconds) -> list[tuple[str, float]]:

@@ -42,6 +42,8 @@ class Extracted(NamedTuple):
     entries: tuple[ShardEntry, ...]
     """The receipts, in the order of the stores; none for a shard that was only probed."""
     seconds: StageSeconds = StageSeconds()
+    is_ours: bool = True
+    """False where the shards were found committed: by another driver, or by a worker that could not say so."""
 
 
 class OpenStore(NamedTuple):

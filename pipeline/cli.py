@@ -25,7 +25,7 @@ from pipeline.stages import STAGES
 from pipeline.store_commands import COMMANDS as STORE_COMMANDS
 from pipeline.workspace import Workspace, open_workspace
 from storage.atomic import write_file, write_json
-from storage.errors import DecantError
+from storage.errors import DecantError, QuarantineError
 from storage.stage import Interrupted
 
 ALL = tuple(STAGES)
@@ -160,6 +160,8 @@ def main() -> None:
         errors.print(f"\ninterrupted; everything finished so far is kept. Go on with: {again}")
         sys.exit(143 if str(error) == "SIGTERM" else 130)
     except DecantError as error:
+        if isinstance(error, QuarantineError) and "--retry-failed" not in sys.argv:
+            again = f"{again} --retry-failed"
         errors.print(f"error: {error}\nthen: {error.then or again}")
         sys.exit(error.exit_code)
     except Exception as error:

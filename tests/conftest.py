@@ -36,14 +36,14 @@ pytest_plugins = [f"tests.fixtures.{topic}" for topic in _TOPICS]
 
 @pytest.fixture
 def tree_bytes() -> Callable[[Path], dict[str, bytes]]:
-    """Every file below a folder with its bytes, leaving out locks and states."""
+    """Every file below a folder with its bytes, leaving out locks, states and logs."""
 
     def read(root: Path) -> dict[str, bytes]:
         passed_over = {"LOCK", "result.json", "state.json"}
         return {
             str(path.relative_to(root)): path.read_bytes()
             for path in sorted(root.rglob("*"))
-            if path.is_file() and path.name not in passed_over
+            if path.is_file() and path.name not in passed_over and not path.name.endswith(".events.jsonl")
         }
 
     return read

@@ -153,7 +153,7 @@ def test_a_student_whose_grid_does_not_fit(decant: Decant, copy_run: tuple[Path,
     ("command", "folder", "file", "number", "said"),
     [
         ("extract", "stores", "/attempts/", errno.ENOSPC, "the disk is full"),
-        ("extract", "stores", "/receipts/", errno.EDQUOT, "the disk quota is used up"),
+        ("extract", "stores", "/receipt", errno.EDQUOT, "the disk quota is used up"),
         ("distill", "students", "/.student.safetensors", errno.ENOSPC, "the disk is full"),
         ("distill", "students", "/.projector.safetensors", errno.EROFS, "Read-only file system"),
         ("finetune", "finetune", "/.classifier.safetensors", errno.ENOSPC, "the disk is full"),
@@ -195,7 +195,7 @@ def test_no_room_is_seen_before_the_work(
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     outcome = decant("extract", *SMOKE, "--data", make_images())
-    check(outcome, 2, "the store needs 0.0", "where 0.001 MB are free", "a smaller store (fewer VIEWS, ENCODING=int8)")
+    check(outcome, 2, "the store needs 0.0", "where 0.001 MB are free", "smaller stores (fewer VIEWS, ENCODING=int8)")
 
 
 def test_our_own_bug_is_one_line_and_a_file(

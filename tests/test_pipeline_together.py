@@ -70,7 +70,7 @@ def test_one_pass_fills_the_stores_that_each_teacher_alone_would(
         assert one is not None
         assert other is not None
         assert (one.fingerprint, one.inputs, one.config) == (other.fingerprint, other.inputs, other.config)
-        passing = {"together_with", "extracted_views_per_second"}
+        passing = {"together_with", "extracted_views_per_second", "run"}
         assert {k: v for k, v in one.metrics.items() if k not in passing} == {
             k: v for k, v in other.metrics.items() if k not in passing
         }
@@ -192,7 +192,9 @@ def test_a_teacher_that_fails_has_no_result_and_the_other_has(
     assert "4 of 4 shards of" in outcome.err
     assert "teacher 'toy-large': ValueError: out of something" in outcome.err
     assert list(stores_of(tmp_path / "runs")) == ["toy"]
-    again = decant("extract", *work)
+    assert outcome.err.splitlines()[-1].endswith(" --retry-failed")
+    assert decant("extract", *work).code == 3, "it is not tried again by itself"
+    again = decant("extract", *work, "--retry-failed")
     assert again.code == 0
     assert "extract toy skip up to date" in again.out
     assert "extract toy-large resume failed last time: 4 of 4 shards" in again.out
