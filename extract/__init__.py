@@ -30,7 +30,8 @@ fit.py         what whitening learns from a sample of views
 plan.py        a store's plan, before anything is extracted
 extraction.py  what a worker elsewhere needs to know of an unfinished store
 render.py      images to the views that teachers look at
-worker.py      one shard of one or several stores: read, render, forward, whiten, commit
+shard.py       one shard of one or several stores: read, render, forward, whiten, encode, commit
+worker.py      the teachers and stores of one process
 timing.py      where a worker's time goes
 jobs.py        the words between the driver and its workers
 driver.py      hands out jobs, and decides about what fails

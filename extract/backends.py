@@ -7,7 +7,7 @@ import torch
 from extract.built import Built
 from extract.hub import fetch_weights
 from extract.spec import TeacherSpec
-from extract.teacher import Teacher, choose_device
+from extract.teacher import Teacher, choose_device, choose_devices
 from extract.weights import WeightsSource, load_weights_file, locate_weights
 from storage.errors import ConfigError, DecantError, first_line
 
@@ -22,13 +22,14 @@ BUILDERS = {
 
 def load_teacher(
     spec: TeacherSpec, *, weights: WeightsSource | None = None, device: str = "auto", precision: str = "float32",
-    is_compiled: bool = False, channels_last: bool = True,
+    is_compiled: bool = False, channels_last: bool = True, gpus: int = 1,
 ) -> Teacher:  # fmt: skip
     """Build a teacher and fill in its weights.
 
     Args:
         spec: with the wanted input size and tap (`TeacherSpec.at`); position embeddings are resampled.
         weights: a local file instead of the row's own source, or `random`.
+        gpus: that the network is spread over, where one has no memory for it.
 
     Raises:
         InputError: weights that cannot be had or do not fit.
@@ -42,9 +43,10 @@ def load_teacher(
         built = _build(spec)
     if path is not None:
         load_weights_file(built.module, spec, path, built.fit)
+    found = choose_device(device)
     return Teacher(
-        spec, built.module, built.forward, choose_device(device), precision=precision, is_compiled=is_compiled,
-        channels_last=channels_last,
+        spec, built.module, built.forward, found, precision=precision, is_compiled=is_compiled,
+        channels_last=channels_last, devices=choose_devices(found, gpus),
     )  # fmt: skip
 
 

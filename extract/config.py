@@ -25,6 +25,8 @@ class ExecutionConfig(Schema):
     """Below 1, several workers share a GPU: for small teachers. Above 1, a whole number: a teacher over several."""
     threads: int = Field(default=1, ge=1)
     """CPU threads of a worker."""
+    render_threads: int = Field(default=0, ge=0)
+    """Threads of a worker that read and render images; 0: one beside a CPU, a GPU's share of the cores beside a GPU."""
     batch_size: int = Field(default=0, ge=0)
     """Views in one forward pass; 0: as many as the free memory holds well."""
     compile: bool = False

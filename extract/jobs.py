@@ -10,6 +10,10 @@ Result = TypeVar("Result")
 """What a worker says of a job that it has done; travels between processes, so it is small."""
 
 
+ENDS_WORKERS = "ends the worker that looks at it"
+"""Begins the reason of a hole where an image was left out because every worker died of it."""
+
+
 class Job(NamedTuple):
     """One shard to extract; or a part of it to look at, to learn what in it ends a worker."""
 

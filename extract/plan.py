@@ -63,6 +63,7 @@ def build_plan(
     teacher = load_teacher(
         resolve_teacher(cfg), weights=cfg.weights, device="cpu" if is_exact and not learns else cfg.run.device,
         precision=precision, is_compiled=cfg.run.compile, channels_last=cfg.run.channels_last,
+        gpus=max(1, int(cfg.run.gpus_per_worker)),
     )  # fmt: skip
     plan = plan_before_fit(cfg, images, teacher)
     sample: Sample = functools.partial(iter_sample, plan, images, teacher, cfg.fit_views)

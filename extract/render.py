@@ -1,17 +1,27 @@
 """Images to the views that teachers look at: read and decoded once, rendered once a size, encoded once a quality."""
 
-from collections.abc import Iterable, Iterator
+import errno
+import random
+import time
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from extract.jobs import ENDS_WORKERS
+from extract.timing import Meter
 from storage.errors import BadImageError
 from storage.image_list import ImageList
 from storage.jpeg import decode_view, encode_view
 from storage.records import ImageKey, StorePlan
 from storage.ring import iter_filled
 from storage.views import Renderer, View, load_sampler
+
+_PAUSES_SECONDS = (0.2, 1.0, 5.0)
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ECONNRESET, errno.EHOSTDOWN,
+            errno.ENETDOWN, errno.ENETUNREACH, errno.EREMOTEIO, errno.ENFILE, errno.EMFILE}  # fmt: skip
+"""What a network's file system says in a bad moment. A file that is missing, or not ours to read, stays so."""
 
 
 class Look(NamedTuple):
@@ -50,8 +60,17 @@ class UnusableImage(NamedTuple):
 class ViewRenderer:
     """Renders the views of a store's images, once for each look. Safe to use from several threads."""
 
-    def __init__(self, plan: StorePlan, images: ImageList, looks: Iterable[Look]) -> None:
-        """Of `plan` only the views are asked for, in which stores that are filled together agree."""
+    def __init__(
+        self, plan: StorePlan, images: ImageList, looks: Iterable[Look], excluded: Collection[str] = (),
+        meter: Meter | None = None,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            plan: only its views are asked for, in which stores that are filled together agree.
+            excluded: keys of images that are not to be looked at, since they end the process that does.
+            meter: is told how long reading and rendering take.
+        """
+        self.excluded, self.meter = frozenset(excluded), meter or Meter()
         self.images, self.views_per_image = images, plan.views_per_image
         self.sampler, self.renderer = load_sampler(plan.sampler), Renderer(kernel=plan.renderer["kernel"])
         self.looks = frozenset(looks)
@@ -62,9 +81,14 @@ class ViewRenderer:
         Raises:
             InputError: the image changed since it was listed.
         """
-        key = ImageKey(self.images.keys[position])
+        with self.meter.measure("decode"):
+            return self._render(ImageKey(self.images.keys[position]), position, num_views)
+
+    def _render(self, key: ImageKey, position: int, num_views: int | None) -> list[RenderedView] | UnusableImage:
+        if key in self.excluded:
+            return UnusableImage(key, ENDS_WORKERS)
         try:
-            image_HWC = self.images.read_image(position)
+            image_HWC = read_patiently(self.images, position)
         except BadImageError as error:
             return UnusableImage(key, str(error))
         image_hw = image_HWC.shape[0], image_HWC.shape[1]
@@ -84,6 +108,21 @@ class ViewRenderer:
             lambda position, _: self.render(position), lambda: None, positions.start, positions.stop, threads=threads,
             depth=ahead + 1,
         )  # fmt: skip
+
+
+def read_patiently(images: ImageList, position: int) -> NDArray[np.uint8]:
+    """`ImageList.read_image`, again after a pause where a disk or a network had a bad moment.
+
+    Raises what that does, after the last attempt.
+    """
+    for pause in _PAUSES_SECONDS:
+        try:
+            return images.read_image(position)
+        except BadImageError as error:
+            if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in _PASSING:
+                raise
+        time.sleep(pause * random.uniform(0.5, 1.5))
+    return images.read_image(position)
 
 
 def _picture(pixels_HWC: NDArray[np.uint8], look: Look) -> Picture:

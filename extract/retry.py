@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from extract.jobs import ENDS_WORKERS
 from storage.folder import find_plan
 from storage.quarantine import find_given_up, forget_given_up
 from storage.receipts import committed_shards
@@ -9,8 +10,6 @@ from storage.records import BadImage, StorePlan
 from storage.stage import Progress
 from storage.verify import discard_shard
 
-ENDS_WORKERS = "ends the worker that looks at it"
-"""Begins the reason of a hole where an image was left out, because it ended every worker."""
 _CANNOT_BE_READ = "cannot be read: "
 """In the reason of an image whose bytes could not be had: the disk, the network, a permission."""
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import get_args
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from extract.built import Forward
 from extract.spec import Precision, TeacherSpec
+from extract.spread import spread
 from extract.weights import tensor_fingerprint
 from storage.errors import ConfigError, InputError, first_line
 
@@ -22,23 +24,31 @@ class Teacher:
     Args:
         forward: the tap.
         is_compiled: let torch.compile make the forward pass; the first batches then take minutes.
+        devices: several that the module is spread over, `device` first.
     """
 
     def __init__(
         self, spec: TeacherSpec, module: nn.Module, forward: Forward, device: torch.device, *,
         precision: str = "float32", is_compiled: bool = False, channels_last: bool = True,
+        devices: Sequence[torch.device] = (),
     ) -> None:  # fmt: skip
         _make_float32_exact()
         self.spec, self.device, self.precision = spec, device, precision
         self.features = spec.feature_spec()
         self.fingerprint = tensor_fingerprint(module.state_dict())
-        module.eval().requires_grad_(False).to(device)
+        module.eval().requires_grad_(False)
+        if not devices:
+            module.to(device)
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         module.to(memory_format=self._memory_format)  # type: ignore[call-overload]
+        if devices:
+            spread(module, devices)
         self.module = module
         self._plain, self._fast = forward, torch.compile(forward) if is_compiled else forward
         self.is_exact = precision == "float32" and not is_compiled
         """Whether `in_float32` would give the same."""
+        self.num_done_again = 0
+        """Views that were done again in float32."""
         self._most_views = dict.fromkeys(PRECISIONS, sys.maxsize)
         self._mean = torch.tensor(spec.mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(spec.std, device=device).view(1, 3, 1, 1)
@@ -47,13 +57,14 @@ class Teacher:
     def __call__(self, pixels_BHWC: Tensor) -> Tensor:
         """Tokens of uint8 views of side `spec.input_px`: (B, T, C) float32, prefix tokens first, then the grid by rows.
 
-        A batch that the GPU has no memory for is done in parts, and so are those that come after it.
+        A batch that the GPU has no memory for is done in parts, and so are those that come after it. Views for which a
+        lower precision overflows, or gives NaN, go through again in float32, each by itself.
 
         Raises:
             ConfigError: the teacher gives tokens of another shape than its row says, or cannot be compiled.
             InputError: one view alone does not fit into the GPU's memory.
         """
-        tokens_BTC = self._in_parts(pixels_BHWC, self._fast, self.precision)
+        tokens_BTC = self._finite(pixels_BHWC, self._in_parts(pixels_BHWC, self._fast, self.precision))
         if tokens_BTC.shape[1:] != self.features.shape_TC:
             raise ConfigError(
                 f"teacher {self.spec.name!r} gave tokens {tuple(tokens_BTC.shape[1:])} at {self.spec.input_px} px, "
@@ -66,6 +77,16 @@ class Teacher:
     def in_float32(self, pixels_BHWC: Tensor) -> Tensor:
         """The same tokens by the plain forward pass in float32: what the fast path is compared with."""
         return self._in_parts(pixels_BHWC, self._plain, "float32")
+
+    def _finite(self, pixels_BHWC: Tensor, tokens_BTC: Tensor) -> Tensor:
+        """With views done again where plain float32 may do better."""
+        if self.is_exact:
+            return tokens_BTC
+        is_bad_B = ~torch.isfinite(tokens_BTC).flatten(1).all(1)
+        for row in is_bad_B.nonzero().flatten().tolist():
+            tokens_BTC[row] = self.in_float32(pixels_BHWC[row : row + 1])[0]
+            self.num_done_again += 1
+        return tokens_BTC
 
     @property
     def most_views(self) -> int:
@@ -110,12 +131,12 @@ class Teacher:
             raise
 
     def _tokens(self, pixels_BHWC: Tensor, forward: Forward, precision: str) -> Tensor:
-        images_BCHW = pixels_BHWC.to(self.device).permute(0, 3, 1, 2).float().div_(255)
+        images_BCHW = pixels_BHWC.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
         images_BCHW = images_BCHW.sub_(self._mean).div_(self._std).contiguous(memory_format=self._memory_format)
         if precision == "float32":
-            return forward(images_BCHW).float()
+            return forward(images_BCHW).float().to(self.device)
         with torch.autocast(self.device.type, PRECISIONS[precision]):
-            return forward(images_BCHW).float()
+            return forward(images_BCHW).float().to(self.device)
 
 
 def choose_device(name: str) -> torch.device:
@@ -128,6 +149,22 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not has_gpu:
         raise ConfigError("device=cuda was asked for, but torch sees no GPU; use device=cpu, or check the driver")
     return torch.device("cuda" if name != "cpu" and has_gpu else "cpu")
+
+
+def choose_devices(device: torch.device, count: int) -> list[torch.device]:
+    """The GPUs that a teacher is spread over; none for a teacher on one device.
+
+    Raises:
+        ConfigError: this process does not see so many.
+    """
+    if count < 2 or device.type != "cuda":
+        return []
+    if torch.cuda.device_count() < count:
+        raise ConfigError(
+            f"a teacher over {count} GPUs was asked for (extract.run.gpus_per_worker), but this process sees "
+            f"{torch.cuda.device_count()}"
+        )
+    return [torch.device("cuda", number) for number in range(count)]
 
 
 def choose_precision(name: str, device: str) -> str:

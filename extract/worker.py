@@ -1,39 +1,31 @@
-"""One shard of one or several stores: read, render, forward, whiten, commit. Runs in one process and knows nothing of
-Ray."""
+"""A worker: the teachers and stores of one process, whoever started it."""
 
 import contextlib
 import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from extract.backends import load_teacher
 from extract.batch_size import choose_batch_size
 from extract.config import ExecutionConfig, ExtractConfig
 from extract.extraction import load_extraction
 from extract.jobs import Job
-from extract.render import Look, RenderedView, UnusableImage, ViewRenderer
 from extract.resolve import resolve_teacher
+from extract.shard import OpenStore, extract_shard
 from extract.teacher import Teacher
-from extract.timing import StageSeconds
-from extract.whiten import Whitened, Whitener
-from storage.errors import BadImageError, ConfigError, DecantError
+from extract.timing import Meter, StageSeconds
+from extract.whiten import Whitener
+from storage.errors import BadImageError, ConfigError
 from storage.folder import load_plan
-from storage.image_list import ImageList
-from storage.receipts import read_receipt
-from storage.records import FeatureRecord, ShardEntry, StorePlan
-from storage.writer import ShardWriter
+from storage.records import ShardEntry, StorePlan
 
-_BATCHES_AHEAD = 2
-"""Rendered before they are asked for."""
 _MOST_RENDER_THREADS = 16
-_SHARDS_AT_A_TIME = {"cpu": 1, "cuda": 3}
-"""A GPU is not to wait while a shard is rendered or committed: another one has its turn then."""
+_SHARDS_AT_A_TIME = {"cpu": 1, "cuda": 2}
+"""While one is read, encoded or committed, a GPU has another one. A CPU would only change between them."""
 
 
 class Extracted(NamedTuple):
@@ -44,140 +36,6 @@ class Extracted(NamedTuple):
     seconds: StageSeconds = StageSeconds()
     is_ours: bool = True
     """False where the shards were found committed: by another driver, or by a worker that could not say so."""
-
-
-class OpenStore(NamedTuple):
-    """What a worker needs to fill one store."""
-
-    root: Path
-    plan: StorePlan
-    teacher: Teacher
-    whitener: Whitener
-    batch_size: int
-    turn: threading.Lock
-    """Held during a forward pass, where several shards are under way."""
-
-    @property
-    def look(self) -> Look:
-        return Look.of(self.plan, self.teacher.spec.input_px)
-
-
-def extract_shard(
-    index: int, *, stores: Sequence[OpenStore], images: ImageList, render_threads: int = 1
-) -> tuple[ShardEntry, ...]:
-    """Compute and commit one whole shard of every store that does not have it; each image is decoded once for all.
-
-    Unusable images become holes and are listed in the receipts. A store that fails stops no other: what it raised is
-    raised when the others have their shard.
-
-    Returns:
-        The receipts, in the order of the stores.
-
-    Raises:
-        InputError: an image changed since it was listed.
-        DiskError: no room.
-    """
-    entries = [read_receipt(store.root, store.plan, index) for store in stores]
-    parts = {n: _ShardPart(store, images, index) for n, store in enumerate(stores) if entries[n] is None}
-    failures: list[Exception] = []
-
-    def attempt(number: int, act: Callable[[], ShardEntry | None]) -> None:
-        try:
-            entries[number] = act()
-        except Exception as error:
-            failures.append(_named(error, stores[number]) if len(stores) > 1 else error)
-            del parts[number]
-
-    if parts:
-        plan = stores[0].plan
-        renderer = ViewRenderer(plan, images, {part.store.look for part in parts.values()})
-        most_views = _BATCHES_AHEAD * max(part.store.batch_size for part in parts.values())
-        rendered = renderer.iter_rendered(
-            plan.images_of_shard(index), threads=render_threads, ahead=-(-most_views // plan.views_per_image)
-        )
-        with contextlib.closing(rendered):  # type: ignore[type-var]
-            for image in rendered:
-                for number, part in list(parts.items()):
-                    attempt(number, lambda part=part, image=image: part.take(image))  # type: ignore[misc]
-                if not parts:
-                    break
-    for number, part in list(parts.items()):
-        attempt(number, part.commit)
-    if failures:
-        raise failures[0]
-    return tuple(entry for entry in entries if entry is not None)
-
-
-def _named(error: Exception, store: OpenStore) -> Exception:
-    """The same error, saying whose it is."""
-    name = store.plan.features.teacher
-    named: Exception = RuntimeError(f"teacher {name!r}: {type(error).__name__}: {error}")
-    if isinstance(error, DecantError):
-        named = ours = type(error)(f"teacher {name!r}: {error}")
-        ours.then = error.then
-    named.__cause__ = error
-    return named
-
-
-class _ShardPart:
-    """One store's part of a shard. Its batches are its own, whatever other stores do: a store that is filled together
-    with others has the same bytes as one that is filled alone."""
-
-    def __init__(self, store: OpenStore, images: ImageList, index: int) -> None:
-        self.store, self.writer = store, ShardWriter(store.root, store.plan, images, index)
-        self.waiting: list[RenderedView] = []
-
-    def take(self, image: list[RenderedView] | UnusableImage) -> None:
-        """Run the teacher whenever there is a whole batch."""
-        if isinstance(image, UnusableImage):
-            self.writer.mark_bad(image.key, image.reason)
-            return
-        self.waiting += image
-        size = self.store.batch_size
-        while len(self.waiting) >= size:
-            batch, self.waiting = self.waiting[:size], self.waiting[size:]
-            self._append(batch)
-
-    def commit(self) -> ShardEntry:
-        if self.waiting:
-            self._append(self.waiting)
-        return self.writer.commit()
-
-    def _append(self, batch: list[RenderedView]) -> None:
-        plan, look, pixels_BHWC = self.store.plan, self.store.look, _stack(batch, self.store.look)
-        with self.store.turn:
-            white = self.store.whitener(self.store.teacher(pixels_BHWC), [view.key for view in batch])
-            ready = torch.cuda.current_stream().record_event() if white.tokens_BTC.is_cuda else None
-        tokens_BTC, mean_BT, std_BT = _to_host(white, ready)
-        for number, view in enumerate(batch):
-            kept = _kept_tokens(plan, view)
-            self.writer.append(
-                FeatureRecord(
-                    view.key, view.view_index, view.view, tokens_BTC[number][kept], mean_BT[number][kept],
-                    std_BT[number][kept], view.pictures[look].jpeg,
-                )
-            )  # fmt: skip
-
-
-def _stack(batch: list[RenderedView], look: Look) -> torch.Tensor:
-    """(B, H, W, 3) uint8."""
-    return torch.from_numpy(np.stack([view.pictures[look].pixels_HWC for view in batch]))
-
-
-def _to_host(white: Whitened, ready: torch.cuda.Event | None) -> list[NDArray[Any]]:
-    """Copies in the host's memory; from a GPU in a stream of their own, beside the next forward pass."""
-    if ready is None:
-        return [part.numpy() for part in white]
-    stream = torch.cuda.Stream()
-    stream.wait_event(ready)
-    with torch.cuda.stream(stream):
-        return [part.cpu().numpy() for part in white]
-
-
-def _kept_tokens(plan: StorePlan, view: RenderedView) -> NDArray[np.int64] | slice:
-    if plan.token_subset is None:
-        return slice(None)
-    return plan.token_subset.positions(view.key, view.view_index, plan.features.num_tokens)
 
 
 class Worker:
@@ -208,15 +66,22 @@ class Worker:
         ]  # fmt: skip
         device = self.stores[0].teacher.device.type
         self.jobs_at_a_time = _SHARDS_AT_A_TIME[device]
-        self.render_threads = 1 if device == "cpu" else min(_MOST_RENDER_THREADS, len(os.sched_getaffinity(0)))
+        self.may_shrink = run.batch_size == 0
+        """Whether a job that ended a worker is tried with smaller batches: perhaps memory ran out."""
+        self.check_stop: Callable[[], None] = lambda: None
+        """Called between batches; raises where the work is to end."""
+        self.render_threads = run.render_threads or _render_threads(run, device)
         if self.render_threads > 1:  # what is known of tars is read once, not by each thread
             with contextlib.suppress(BadImageError):
                 self.images.read_image(0)
 
     def __call__(self, job: Job) -> Extracted:
-        return Extracted(
-            extract_shard(job.shard, stores=self.stores, images=self.images, render_threads=self.render_threads)
-        )
+        meter = Meter()
+        entries = extract_shard(
+            job if self.may_shrink else job._replace(halvings=0), stores=self.stores, images=self.images,
+            render_threads=self.render_threads, meter=meter, check_stop=self.check_stop,
+        )  # fmt: skip
+        return Extracted(entries, meter.seconds)
 
 
 def _load(cfg: ExtractConfig, plan: StorePlan) -> Teacher:
@@ -227,7 +92,7 @@ def _load(cfg: ExtractConfig, plan: StorePlan) -> Teacher:
     """
     teacher = load_teacher(
         resolve_teacher(cfg), weights=cfg.weights, device=cfg.run.device, precision=plan.teacher["precision"],
-        is_compiled=cfg.run.compile, channels_last=cfg.run.channels_last,
+        is_compiled=cfg.run.compile, channels_last=cfg.run.channels_last, gpus=max(1, int(cfg.run.gpus_per_worker)),
     )  # fmt: skip
     if teacher.fingerprint != plan.teacher_fingerprint:
         raise ConfigError(
@@ -248,3 +113,12 @@ def _load(cfg: ExtractConfig, plan: StorePlan) -> Teacher:
 def _workers_here(run: ExecutionConfig) -> int:
     """Processes that share this machine's memory, as far as the settings tell."""
     return 1 if run.executor == "inline" else run.cpu_workers(len(os.sched_getaffinity(0)))
+
+
+def _render_threads(run: ExecutionConfig, device: str) -> int:
+    """Of a GPU's share of the machine's cores; on a CPU, workers share them already."""
+    if device == "cpu":
+        return 1
+    gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) or 1
+    workers = max(1, int(gpus / run.gpus_per_worker))
+    return max(1, min(_MOST_RENDER_THREADS, len(os.sched_getaffinity(0)) // workers))

@@ -44,9 +44,9 @@ def worked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     shards: list[int] = []
     extract_shard = extract.worker.extract_shard
 
-    def note(index: int, **arguments: object) -> tuple[ShardEntry, ...]:
-        shards.append(index)
-        return extract_shard(index, **arguments)  # type: ignore[arg-type]
+    def note(job: Job, **arguments: object) -> tuple[ShardEntry, ...]:
+        shards.append(job.shard)
+        return extract_shard(job, **arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(extract.worker, "extract_shard", note)
     return shards
@@ -144,11 +144,11 @@ def test_a_shard_that_always_fails_is_given_up_and_the_others_finish(
     extract_shard = extract.worker.extract_shard
     attempts: list[int] = []
 
-    def fail(index: int, **arguments: object) -> tuple[ShardEntry, ...]:
-        attempts.append(index)
-        if index == 2 or (index == 4 and attempts.count(4) < 3):
+    def fail(job: Job, **arguments: object) -> tuple[ShardEntry, ...]:
+        attempts.append(job.shard)
+        if job.shard == 2 or (job.shard == 4 and attempts.count(4) < 3):
             raise RuntimeError("out of something")
-        return extract_shard(index, **arguments)  # type: ignore[arg-type]
+        return extract_shard(job, **arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(extract.worker, "extract_shard", fail)
     with pytest.raises(QuarantineError, match=r"1 of 6 shards .*shard 2 after 3 attempts, .*: RuntimeError: out"):

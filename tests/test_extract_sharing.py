@@ -16,6 +16,7 @@ import torch
 from extract.config import ExecutionConfig, ExtractConfig
 from extract.events import events_path, read_tail
 from extract.extraction import FILE_NAME
+from extract.jobs import Job
 from extract.join import join_store
 from extract.run import run
 from extract.teacher import Teacher
@@ -219,12 +220,12 @@ def test_what_one_gave_up_is_known_to_the_other(
     root, attempts = tmp_path / "store", tmp_path / "attempts.txt"
     extract_shard = extract.worker.extract_shard
 
-    def fail(index: int, **arguments: object) -> object:
-        if index == 9:
+    def fail(job: Job, **arguments: object) -> object:
+        if job.shard == 9:
             with attempts.open("a") as file:
                 file.write("x")
             raise RuntimeError("out of something")
-        return extract_shard(index, **arguments)  # type: ignore[arg-type]
+        return extract_shard(job, **arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
         patch.setattr(extract.worker, "extract_shard", fail)
