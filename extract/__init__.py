@@ -37,7 +37,9 @@ jobs.py        the words between the driver and its workers
 driver.py      hands out jobs, and decides about what fails
 pools.py       workers by the name of their executor:
   inline_pool.py         in this process
+  process_pool.py        processes of this machine
   ray_pool.py            on Ray (the only file that imports ray)
+  turns.py               the order in which a worker process begins its jobs
 watch.py       what is said of an extraction: progress line, events, summary
 summary.py     what is said at its end
 events.py      what happens to a store while it is filled, as a file beside it

@@ -7,12 +7,13 @@ from typing import Any
 from extract.config import ExecutionConfig
 from extract.inline_pool import open_inline_pool
 from extract.jobs import MakeWork, Pool
+from extract.process_pool import open_process_pool
 from extract.ray_pool import open_ray_pool
 from storage.stage import StopRequest
 
 Open = Callable[[ExecutionConfig, MakeWork[Any], int, StopRequest], AbstractContextManager[Pool]]
 
-POOLS: dict[str, Open] = {"inline": open_inline_pool, "ray": open_ray_pool}
+POOLS: dict[str, Open] = {"inline": open_inline_pool, "process": open_process_pool, "ray": open_ray_pool}
 
 
 def open_pool(

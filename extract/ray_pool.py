@@ -16,6 +16,7 @@ from typing import Any
 from extract.config import ExecutionConfig
 from extract.driver import reason_of
 from extract.jobs import Died, Done, Event, Job, MakeWork, Raised, Ready
+from extract.turns import Turns
 from storage.errors import ConfigError, DecantError, DiskError
 from storage.stage import StopRequest
 
@@ -29,33 +30,15 @@ class _Actor:
     """Wraps a worker in a process of its own. The worker is made by a call of its own, not by the constructor: Ray
     would hide why it failed, and blame the first job for it."""
 
-    def __init__(self) -> None:
-        self.change = threading.Condition()
-        self.num_begun = self.num_at_work = 0
-
     def prepare(self, make_work: MakeWork[Any]) -> int:
         self.work = make_work()
-        self.jobs_at_a_time = int(getattr(self.work, "jobs_at_a_time", 1))
-        return self.jobs_at_a_time
+        self.turns = Turns(int(getattr(self.work, "jobs_at_a_time", 1)))
+        return self.turns.at_a_time
 
     def run(self, number: int, job: Job) -> Any:
-        """Ray begins calls in any order, and more at a time than the worker takes; the driver would blame the wrong
-        one.
-
-        Args:
-            number: of the call, from 0.
-        """
-        with self.change:
-            self.change.wait_for(lambda: self.num_begun == number and self.num_at_work < self.jobs_at_a_time)
-            self.num_begun += 1
-            self.num_at_work += 1
-            self.change.notify_all()
-        try:
+        """Ray begins calls in any order, and more at a time than the worker takes."""
+        with self.turns.take(number):
             return self.work(job)
-        finally:
-            with self.change:
-                self.num_at_work -= 1
-                self.change.notify_all()
 
 
 class RayPool:
