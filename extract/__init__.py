@@ -35,6 +35,7 @@ worker.py      the teachers and stores of one process
 timing.py      where a worker's time goes
 jobs.py        the words between the driver and its workers
 driver.py      hands out jobs, and decides about what fails
+isolate.py     which image ends every worker that looks at it
 pools.py       workers by the name of their executor:
   inline_pool.py         in this process
   process_pool.py        processes of this machine

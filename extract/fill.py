@@ -1,73 +1,126 @@
 """Fills stores: the jobs that are missing, carried out by workers, with what becomes of each."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from extract.driver import Claims, drive
 from extract.filling import Filling, find_settled
-from extract.jobs import FailedJob, Job, MakeWork
+from extract.isolate import find_culprit
+from extract.jobs import FailedJob, Job, MakeWork, Pool
 from extract.pools import open_pool
+from extract.timing import StageSeconds
 from extract.watch import Watch
 from extract.worker import Extracted
+from storage.records import ShardEntry
 from storage.stage import StopRequest
 
 
 def fill(
     stores: Sequence[Filling], make_worker: MakeWork[Extracted], watch: Watch, stop: StopRequest,
     claims: Claims | None = None,
-) -> list[FailedJob]:  # fmt: skip
-    """Extract what is missing in stores that are filled in one pass.
+) -> None:  # fmt: skip
+    """Extract what is missing in stores that are filled in one pass. A shard that ends its workers is looked at again
+    when all others are done: the image that does it is left out.
 
     Args:
         claims: which shards are ours, where other processes fill the same stores.
-
-    Returns:
-        The jobs that were given up.
 
     Raises:
         InputError: more unusable images than are allowed.
         Interrupted: a stop was asked for.
         DecantError: an error that another attempt cannot mend, or no worker stays alive.
     """
-    plan, cfg = stores[0].plan, stores[0].cfg
+    plan, run = stores[0].plan, stores[0].cfg.run
     pending = [index for index in range(plan.num_shards) if any(store.lacks(index) for store in stores)]
-    num_images = {index: len(plan.images_of_shard(index)) for index in pending}
+    images_done = plan.num_images - sum(len(plan.images_of_shard(index)) for index in pending)
     watch.begin(
-        plan.num_images, plan.num_images - sum(num_images.values()), sum(len(store.done) for store in stores),
-        plan.num_shards * len(stores), bad=max(store.check_bad() for store in stores),
+        plan.num_images, images_done, sum(len(store.done) for store in stores), plan.num_shards * len(stores),
+        bad=max(store.check_bad() for store in stores),
     )  # fmt: skip
     if not pending:
-        return []
-    failed: list[FailedJob] = []
-    find_committed = functools.partial(find_settled, [(store.root, store.plan) for store in stores])
-    with open_pool(cfg.run, make_worker, len(pending), stop) as pool:
+        return
+    with open_pool(run, make_worker, len(pending), stop) as pool:
+        filler = _Filler(stores, pool, watch, stop, claims)
+        deadly = [failed for failed in filler.carry_out(map(Job, pending)) if not filler.settle(failed)]
+        for failed in deadly:
+            filler.isolate(failed)
+
+
+class _Filler:
+    """The bookkeeping of one pass."""
+
+    def __init__(
+        self, stores: Sequence[Filling], pool: Pool, watch: Watch, stop: StopRequest, claims: Claims | None
+    ) -> None:
+        self.stores, self.pool, self.watch, self.stop, self.claims = stores, pool, watch, stop, claims
+        self.plan, self.run = stores[0].plan, stores[0].cfg.run
+
+    def carry_out(self, jobs: Iterable[Job]) -> Iterable[FailedJob]:
+        """Have jobs done, and take up what was committed; yields those that failed."""
+        find_committed = functools.partial(find_settled, [(store.root, store.plan) for store in self.stores])
         for outcome in drive(
-            pool, map(Job, pending), cfg.run, find_committed=find_committed, stop=stop, claims=claims, note=watch.note
-        ):
+            self.pool, jobs, self.run, find_committed=find_committed, stop=self.stop, claims=self.claims,
+            note=self.watch.note,
+        ):  # fmt: skip
             if isinstance(outcome, FailedJob):
-                failed.append(outcome)
-                watch.given_up(outcome)
-                index = outcome.job.shard
-                entries = [store.look_again(index) if index not in store.done else None for store in stores]
-                for store in stores:
-                    store.give_up(outcome)
-                if claims is not None:  # only now: another driver would try it again
-                    claims.release(outcome.job)
-                if not any(entries):
-                    continue
-                seconds, is_ours = Extracted(()).seconds, True
+                yield outcome
             else:
-                index, seconds, is_ours = outcome.entries[0].index, outcome.seconds, outcome.is_ours
-                entries = [
-                    entry if index not in store.done else None
-                    for store, entry in zip(stores, outcome.entries, strict=True)
-                ]
-            for store, entry in zip(stores, entries, strict=True):
-                if entry is not None:
-                    store.add(entry)
-            is_whole = all(index in store.done for store in stores)
-            watch.shard(entries, seconds, num_images[index] if is_whole else 0, is_ours=is_ours)
-            if any(entry is not None and entry.bad_images for entry in entries):
-                for store in stores:
-                    store.check_bad()
-    return failed
+                self._take_up(outcome.entries[0].index, outcome.entries, outcome.seconds, is_ours=outcome.is_ours)
+
+    def settle(self, failed: FailedJob) -> bool:
+        """Give a shard up; False for one whose image that ends workers can be looked for."""
+        shard = failed.job.shard
+        known_elsewhere = any(store.knows_given_up(shard) for store in self.stores)
+        if failed.is_deadly and self.pool.can_kill and not known_elsewhere:
+            return False
+        self.watch.given_up(failed)
+        found = [None if shard in store.done else store.look_again(shard) for store in self.stores]
+        for store in self.stores:
+            store.give_up(failed)
+        if self.claims is not None:  # only now: another driver would try it again
+            self.claims.release(failed.job)
+        if any(found):
+            self._take_up(shard, found, StageSeconds())
+        return True
+
+    def isolate(self, failed: FailedJob) -> None:
+        """Leave out the images of a shard that end workers, one after the other, and extract the rest."""
+        positions = self.plan.images_of_shard(failed.job.shard)
+        keys = [self.stores[0].images.keys[position] for position in positions]
+        job = Job(failed.job.shard)
+        most = min(store.most_bad for store in self.stores)
+        while len(job.excluded) < most:
+            self.watch.note("isolating", shard=job.shard, images=len(keys), reason=failed.reason)
+            culprit = find_culprit(job, len(keys), self._survives)
+            if culprit is None:
+                reason = f"{failed.reason}; no image of it does that alone"
+                self.settle(failed._replace(reason=reason, is_deadly=False))
+                return
+            self.watch.note("isolated", shard=job.shard, key=keys[culprit])
+            job = job._replace(excluded=(*job.excluded, keys[culprit]))
+            again = list(self.carry_out([job]))
+            if not again:
+                return
+            [failed] = again
+            if not failed.is_deadly:
+                break
+        self.settle(failed._replace(is_deadly=False))
+
+    def _survives(self, probe: Job) -> bool:
+        once = self.run.model_copy(update={"max_attempts": 1})
+        outcomes = drive(self.pool, [probe], once, find_committed=lambda job: None, stop=self.stop)
+        return not any(isinstance(outcome, FailedJob) and outcome.is_deadly for outcome in outcomes)
+
+    def _take_up(
+        self, shard: int, entries: Sequence[ShardEntry | None], seconds: StageSeconds, *, is_ours: bool = True
+    ) -> None:
+        new = [None if shard in store.done else entry for store, entry in zip(self.stores, entries, strict=True)]
+        for store, entry in zip(self.stores, new, strict=True):
+            if entry is not None:
+                store.add(entry)
+        is_whole = all(shard in store.done for store in self.stores)
+        num_images = len(self.plan.images_of_shard(shard)) if is_whole else 0
+        self.watch.shard(new, seconds, num_images, is_ours=is_ours)
+        if any(entry is not None and entry.bad_images for entry in new):
+            for store in self.stores:
+                store.check_bad()

@@ -75,16 +75,13 @@ class Filling:
         self.given_up.pop(entry.index, None)
 
     def look_again(self, index: int) -> ShardEntry | None:
-        """Take up a shard that was committed although nobody said so: the job that made it failed at another store."""
-        entry = read_receipt(self.root, self.plan, index)
-        if entry is not None:
-            self.add(entry)
-        return entry
+        """A shard that was committed although nobody said so: the job that made it failed at another store."""
+        return read_receipt(self.root, self.plan, index)
 
     def give_up(self, failed: FailedJob) -> None:
         """Say so in the store's folder, where other processes look, too; nothing where the shard is there."""
         index = failed.job.shard
-        if index in self.done:
+        if self.look_again(index) is not None:
             return
         known = find_given_up(self.root, index)
         if known is None:
@@ -95,9 +92,18 @@ class Filling:
             record_given_up(self.root, known)
         self.given_up[index] = known
 
+    def knows_given_up(self, index: int) -> bool:
+        """Whether a shard was given up, here or by another process."""
+        return index not in self.done and find_given_up(self.root, index) is not None
+
     @property
     def bad_images(self) -> list[BadImage]:
         return [bad for entry in self.done.values() for bad in entry.bad_images]
+
+    @property
+    def most_bad(self) -> int:
+        """Images that may be unusable."""
+        return max(1, int(self.cfg.max_bad_fraction * len(self.images)))
 
     def check_bad(self) -> int:
         """Count unusable images.
@@ -105,8 +111,7 @@ class Filling:
         Raises:
             InputError: more than `max_bad_fraction` allows.
         """
-        bad = self.bad_images
-        allowed = max(1, int(self.cfg.max_bad_fraction * len(self.images)))
+        bad, allowed = self.bad_images, self.most_bad
         if len(bad) > allowed:
             listed = "; ".join(f"{image.key}: {image.reason}" for image in bad[:5])
             raise InputError(
