@@ -26,7 +26,7 @@ from pipeline.store_commands import COMMANDS as STORE_COMMANDS
 from pipeline.workspace import Workspace, open_workspace
 from storage.atomic import write_file, write_json
 from storage.errors import DecantError, QuarantineError
-from storage.stage import Interrupted
+from storage.stage import Interrupted, Terminated, raise_on_sigterm
 
 ALL = tuple(STAGES)
 
@@ -150,7 +150,8 @@ def main() -> None:
     errors = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
     again = provenance.command_line()
     try:
-        cli.main(standalone_mode=False)
+        with raise_on_sigterm():
+            cli.main(standalone_mode=False)
     except click.ClickException as error:
         error.show()
         context = getattr(error, "ctx", None)
@@ -158,7 +159,8 @@ def main() -> None:
         sys.exit(2)
     except (Interrupted, KeyboardInterrupt, click.Abort) as error:  # click makes an Abort of a KeyboardInterrupt
         errors.print(f"\ninterrupted; everything finished so far is kept. Go on with: {again}")
-        sys.exit(143 if str(error) == "SIGTERM" else 130)
+        is_sigterm = str(error) == "SIGTERM" or isinstance(error.__cause__ or error, Terminated)
+        sys.exit(143 if is_sigterm else 130)
     except DecantError as error:
         if isinstance(error, QuarantineError) and "--retry-failed" not in sys.argv:
             again = f"{again} --retry-failed"

@@ -47,6 +47,10 @@ class Interrupted(Exception):
     """A stage stopped at a safe point because it was asked to; everything up to there is kept."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, at a moment when there is nothing that should end first."""
+
+
 class StopRequest:
     """Set by the first SIGINT or SIGTERM; long loops look at it between steps."""
 
@@ -72,7 +76,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
     def ask(number: int, frame: object) -> None:
         if request:
-            raise KeyboardInterrupt
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
         request.signal_name = signal.Signals(number).name
 
     previous: Mapping[int, Any] = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -81,3 +85,20 @@ def stop_on_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def raise_on_sigterm() -> Iterator[None]:
+    """SIGTERM is `Terminated` for the length of the block, wherever no `stop_on_signals` asks for a safe point."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
