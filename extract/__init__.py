@@ -35,11 +35,14 @@ worker.py      the teachers and stores of one process
 timing.py      where a worker's time goes
 jobs.py        the words between the driver and its workers
 driver.py      hands out jobs, and decides about what fails
+  worker_state.py        what it knows about a worker
+  deadlines.py           when a job is taken for hung
 isolate.py     which image ends every worker that looks at it
 pools.py       workers by the name of their executor:
   inline_pool.py         in this process
   process_pool.py        processes of this machine
-  ray_pool.py            on Ray (the only file that imports ray)
+  ray_pool.py            on Ray
+  ray_session.py         a local Ray, or a seat on a cluster; these two alone import ray
   turns.py               the order in which a worker process begins its jobs
 watch.py       what is said of an extraction: progress line, events, summary
 summary.py     what is said at its end

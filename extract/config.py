@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from extract.spec import Precision, Tap
 from storage.encodings import AnyEncoding, Fp16
@@ -43,9 +43,21 @@ class ExecutionConfig(Schema):
     recycle_after: int = Field(default=1000, ge=0)
     """Shards after which a worker's process is replaced by a new one, so that leaks stay small; 0 for never."""
 
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _whole_above_one(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError("above 1 it is a whole number of GPUs")
+        return value
+
     def cpu_workers(self, cores: int) -> int:
-        """Actors on so many cores, where there is no GPU."""
+        """Workers on so many cores, where there is no GPU."""
         return self.workers or max(1, min(8, cores // self.threads))
+
+
+def sharers_of_a_gpu(run: ExecutionConfig) -> int:
+    """Workers that fit onto one GPU; a third of one is 0.33, or 0.333."""
+    return max(1, int(1 / run.gpus_per_worker + 1e-9))
 
 
 class ExtractConfig(Schema):

@@ -7,48 +7,39 @@ at first. What dies with a worker is blamed only if it was alone at work. Waitin
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
-from typing import Generic, NamedTuple, Protocol
+from typing import Generic
 
 from extract.config import ExecutionConfig
-from extract.jobs import Died, Done, Event, FailedJob, Job, Pool, Raised, Ready, Result
-from storage.errors import DecantError, first_line
+from extract.deadlines import Deadlines
+from extract.jobs import (
+    Claims,
+    Died,
+    Done,
+    Event,
+    FailedJob,
+    Job,
+    Note,
+    OnlyDriver,
+    Pool,
+    Raised,
+    Ready,
+    Result,
+    ignore,
+    reason_of,
+)  # fmt: skip
+from extract.worker_state import Held, WorkerState
+from storage.errors import DecantError
 from storage.stage import Interrupted, StopRequest
-
-Note = Callable[..., None]
-"""`note(kind, **facts)` hears what happens to workers and jobs."""
 
 JOBS_IN_FLIGHT = 2
 """A worker process: one that it works at, and one that waits there so that it never idles while the driver thinks."""
 GRACE_SECONDS = 30.0
 """After a stop was asked for, jobs under way may end for so long."""
 _POLL_SECONDS = 0.5
-_LEAST_DEADLINE_SECONDS, _DEADLINE_FACTOR = 600.0, 5.0
-"""A job is hung when it takes longer than this, and than so many times the 99th of 100 jobs."""
 _START_DEADLINE_SECONDS = 1800.0
 """For a worker to come up: the largest teachers take minutes to load."""
-
-
-class Claims(Protocol):
-    """Which jobs are ours, where several drivers share a store."""
-
-    def take(self, job: Job) -> bool:
-        """False while another driver is at it; True again for one that is ours."""
-
-    def release(self, job: Job) -> None: ...
-
-
-class OnlyDriver:
-    """All jobs are ours."""
-
-    def take(self, job: Job) -> bool:
-        return True
-
-    def release(self, job: Job) -> None: ...
-
-
-def ignore(kind: str, **facts: object) -> None:
-    """A `Note` that nobody reads."""
+_MOST_DEATHS = 20
+"""Times `max_attempts`, in a row: many more than a few shards that end workers take, far fewer than a whole store."""
 
 
 def drive(
@@ -69,43 +60,6 @@ def drive(
     yield from _Drive(pool, deque(jobs), cfg, find_committed, stop, claims or OnlyDriver(), note).outcomes()
 
 
-class _Held(NamedTuple):
-    """A job that a worker has."""
-
-    job: Job
-    since: float
-    """When it was begun, as far as can be told from here; monotonic."""
-
-
-class _Worker:
-    """What the driver knows about a worker."""
-
-    def __init__(self) -> None:
-        self.held: list[_Held] = []
-        """In the order in which they were handed out."""
-        self.jobs_at_a_time = 0
-        """0 until it is up."""
-        self.started = time.monotonic()
-        self.num_done = 0
-
-    @property
-    def is_up(self) -> bool:
-        return self.jobs_at_a_time > 0
-
-    @property
-    def at_work(self) -> list[_Held]:
-        return self.held[: self.jobs_at_a_time]
-
-    def let_go(self, job: Job) -> float:
-        """Forget a job; returns the seconds that it took."""
-        at = next(number for number, held in enumerate(self.held) if held.job == job)
-        seconds = time.monotonic() - self.held.pop(at).since
-        if self.jobs_at_a_time <= len(self.held):  # one that waited is begun now
-            last = self.jobs_at_a_time - 1
-            self.held[last] = self.held[last]._replace(since=time.monotonic())
-        return seconds
-
-
 class _Drive(Generic[Result]):
     def __init__(
         self, pool: Pool, queue: deque[Job], cfg: ExecutionConfig,
@@ -113,16 +67,15 @@ class _Drive(Generic[Result]):
     ) -> None:  # fmt: skip
         self.pool, self.queue, self.cfg, self.stop, self.claims, self.note = pool, queue, cfg, stop, claims, note
         self.find_committed = find_committed
-        self.workers: dict[int, _Worker] = {}
+        self.workers: dict[int, WorkerState] = {}
         self.attempts: Counter[int] = Counter()
         self.suspects: set[int] = set()
         """Shards that were at work side by side when their worker died: each is tried again alone, so that no other is
         blamed."""
         self.elsewhere: list[Job] = []
         """At work with another driver."""
-        self.deaths_in_a_row = 0
-        self.seconds: deque[float] = deque(maxlen=1000)
-        """Of the last jobs."""
+        self.deaths_in_a_row = self.failed_starts_in_a_row = 0
+        self.deadlines = Deadlines(cfg.job_seconds)
 
     def outcomes(self) -> Iterator[Result | FailedJob]:
         if not self.queue:
@@ -149,7 +102,10 @@ class _Drive(Generic[Result]):
     def _start_missing(self) -> None:
         wanted = min(self.pool.size, len(self.queue) + sum(bool(worker.held) for worker in self.workers.values()))
         for _ in range(wanted - len(self.workers)):
-            self.workers[self.pool.start()] = _Worker()
+            self.workers[self.pool.start()] = WorkerState()
+        not_up = [number for number, worker in self.workers.items() if not worker.is_up]
+        for number in not_up[: max(0, len(self.workers) - max(1, self.pool.size))]:  # there is no room for it any more
+            self._forget(number)
 
     def _feed(self) -> None:
         """Hand out jobs to the workers that are up: one to each, and more only when all are up."""
@@ -159,16 +115,18 @@ class _Drive(Generic[Result]):
             for number, worker in self.workers.items():
                 if len(worker.held) >= min(depth, self._room(worker)) or self._is_tired(worker):
                     continue
-                shards = {*(held.job.shard for held in worker.held), *(job.shard for job in islice(self.queue, 1))}
-                if worker.held and not self.suspects.isdisjoint(shards):
+                if any(held.job.shard in self.suspects for held in worker.held):
                     continue
                 job = self._next_job()
                 if job is None:
                     return
-                worker.held.append(_Held(job, time.monotonic()))
+                if worker.held and job.shard in self.suspects:
+                    self.queue.appendleft(job)
+                    continue
+                worker.held.append(Held(job, time.monotonic()))
                 self.pool.submit(number, job)
 
-    def _room(self, worker: _Worker) -> int:
+    def _room(self, worker: WorkerState) -> int:
         """Jobs that a worker may have at a time."""
         if not worker.is_up:
             return 0
@@ -204,10 +162,10 @@ class _Drive(Generic[Result]):
             return
         match event:
             case Ready():
-                worker.jobs_at_a_time = event.jobs_at_a_time
+                worker.jobs_at_a_time, self.failed_starts_in_a_row = event.jobs_at_a_time, 0
                 self.note("worker up", worker=event.worker, seconds=round(time.monotonic() - worker.started, 1))
             case Done():
-                self.seconds.append(worker.let_go(event.job))
+                self.deadlines.add(worker.let_go(event.job))
                 worker.num_done += 1
                 self.deaths_in_a_row = 0
                 self.suspects.discard(event.job.shard)
@@ -222,6 +180,8 @@ class _Drive(Generic[Result]):
                 worker.let_go(job)
                 self.deaths_in_a_row = 0
                 _raise_if_final(event.error)
+                if _is_memory(event.error):
+                    job = job._replace(halvings=job.halvings + 1)
                 yield from self._retry(job, reason_of(event.error), is_deadly=False)
             case Died():
                 yield from self._bury(event.worker, event.reason)
@@ -230,30 +190,47 @@ class _Drive(Generic[Result]):
         self.claims.release(job)
         return result
 
-    def _bury(self, number: int, reason: str) -> Iterator[Result | FailedJob]:
-        """A worker is dead, or as good as that: another one takes its place, and its jobs are tried again."""
+    def _bury(self, number: int, reason: str, culprit: Job | None = None) -> Iterator[Result | FailedJob]:
+        """A worker is dead, or as good as that: another one takes its place, and its jobs are tried again.
+
+        Args:
+            culprit: the job that is to blame, where that is known.
+        """
         worker = self._forget(number)
         self.note("worker died", worker=number, reason=reason, shards=[held.job.shard for held in worker.at_work])
-        self.deaths_in_a_row += 1
-        if self.deaths_in_a_row > 2 * self.cfg.max_attempts * self.pool.size:
-            raise DecantError(f"no worker survives; the last one: {reason}")
-        at_work = worker.at_work
+        self._count_death(worker, reason)
+        at_work = [held.job for held in worker.at_work]
         self.queue.extendleft(held.job for held in reversed(worker.held[len(at_work) :]))
         lost = []
-        for job in (held.job for held in at_work):
+        for job in at_work:
             found = self.find_committed(job)
             if found is None:
                 lost.append(job)
             else:
                 yield self._finished(job, found)
-        if len(lost) > 1:
+        blamed = [job for job in lost if job == culprit] or (lost if len(lost) == 1 else [])
+        unblamed = [job for job in lost if job not in blamed]
+        if not blamed:
             self.suspects.update(job.shard for job in lost)
-            self.queue.extendleft(reversed(lost))
-            return
-        for job in lost:
+        self.queue.extendleft(reversed(unblamed))
+        for job in blamed:
             yield from self._retry(job._replace(halvings=job.halvings + 1), reason, is_deadly=True)
 
-    def _forget(self, number: int) -> _Worker:
+    def _count_death(self, worker: WorkerState, reason: str) -> None:
+        """
+        Raises:
+            DecantError: there is no use in starting another one.
+        """
+        if worker.is_up:
+            self.deaths_in_a_row += 1
+        else:
+            self.failed_starts_in_a_row += 1
+        size, attempts = self.pool.size, self.cfg.max_attempts
+        is_hopeless = self.failed_starts_in_a_row > 2 * attempts * size
+        if is_hopeless or self.deaths_in_a_row > attempts * max(_MOST_DEATHS, 2 * size):
+            raise DecantError(f"no worker survives; the last one: {reason}")
+
+    def _forget(self, number: int) -> WorkerState:
         self.pool.kill(number)  # one that only cannot be reached would keep its CPU or GPU
         return self.workers.pop(number)
 
@@ -268,26 +245,25 @@ class _Drive(Generic[Result]):
         self.suspects.discard(job.shard)
         yield FailedJob(job, reason, is_deadly)
 
-    def _is_tired(self, worker: _Worker) -> bool:
+    def _is_tired(self, worker: WorkerState) -> bool:
         return self.pool.can_kill and 0 < self.cfg.recycle_after <= worker.num_done + len(worker.held)
 
     def _end_hung(self) -> Iterator[Result | FailedJob]:
         if not self.pool.can_kill:
             return
-        limit, now = self._deadline_seconds(), time.monotonic()
         for number, worker in list(self.workers.items()):
-            if not worker.is_up and now - worker.started > _START_DEADLINE_SECONDS:
+            late = worker.late(self._limit_seconds)
+            if late is not None:
+                limit = self._limit_seconds(late)
+                reason = f"hung: the shard took longer than {limit:,.0f} s (extract.run.job_seconds)"
+                yield from self._bury(number, reason, late)
+            elif not worker.is_up and time.monotonic() - worker.started > _START_DEADLINE_SECONDS:
+                if not any(other.is_up for other in self.workers.values()):
+                    raise DecantError(f"no worker came up within {_START_DEADLINE_SECONDS:,.0f} s; are there machines?")
                 yield from self._bury(number, f"was not up after {_START_DEADLINE_SECONDS:,.0f} s")
-            elif any(now - held.since > limit for held in worker.at_work):
-                yield from self._bury(
-                    number, f"hung: a shard took longer than {limit:,.0f} s (extract.run.job_seconds)"
-                )
 
-    def _deadline_seconds(self) -> float:
-        if self.cfg.job_seconds:
-            return self.cfg.job_seconds
-        slow = sorted(self.seconds)[int(0.99 * len(self.seconds))] if self.seconds else 0.0
-        return max(_LEAST_DEADLINE_SECONDS, _DEADLINE_FACTOR * slow)
+    def _limit_seconds(self, job: Job) -> float:
+        return self.deadlines.limit_seconds(self.attempts[job.shard])
 
     def _wind_up(self) -> Iterator[Result | FailedJob]:
         """Let jobs under way end; nothing new is begun. In this process, workers see to that themselves."""
@@ -313,6 +289,6 @@ def _raise_if_final(error: BaseException) -> None:
         raise error from None
 
 
-def reason_of(error: BaseException) -> str:
-    """One line."""
-    return f"{type(error).__name__}: {first_line(error)}"[:300]
+def _is_memory(error: BaseException) -> bool:
+    """Whether smaller batches may help."""
+    return isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "t allocate memory" in str(error)

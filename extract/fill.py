@@ -3,10 +3,10 @@
 import functools
 from collections.abc import Iterable, Sequence
 
-from extract.driver import Claims, drive
+from extract.driver import drive
 from extract.filling import Filling, find_settled
 from extract.isolate import find_culprit
-from extract.jobs import FailedJob, Job, MakeWork, Pool
+from extract.jobs import Claims, FailedJob, Job, MakeWork, Pool
 from extract.pools import open_pool
 from extract.timing import StageSeconds
 from extract.watch import Watch

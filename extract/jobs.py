@@ -6,6 +6,8 @@ No tensor travels: a job is a few numbers, its result a few kilobytes, whoever t
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+from storage.errors import first_line
+
 Result = TypeVar("Result")
 """What a worker says of a job that it has done; travels between processes, so it is small."""
 
@@ -74,10 +76,12 @@ MakeWork = Callable[[], Work[Result]]
 class Pool(Protocol):
     """Workers, wherever they are. Starts none and repeats nothing by itself."""
 
-    size: int
-    """Workers that there are to be."""
     can_kill: bool
     """Whether a worker can be ended without ending the driver."""
+
+    @property
+    def size(self) -> int:
+        """Workers that there are to be; may change with the machines that there are."""
 
     def start(self) -> int:
         """Begin a worker; returns its number, new each time. `wait` will tell when it is up."""
@@ -89,3 +93,34 @@ class Pool(Protocol):
 
     def kill(self, worker: int) -> None:
         """End a worker at once; nothing is heard of it any more."""
+
+
+class Claims(Protocol):
+    """Which jobs are ours, where several drivers share a store."""
+
+    def take(self, job: Job) -> bool:
+        """False while another driver is at it; True again for one that is ours."""
+
+    def release(self, job: Job) -> None: ...
+
+
+class OnlyDriver:
+    """All jobs are ours."""
+
+    def take(self, job: Job) -> bool:
+        return True
+
+    def release(self, job: Job) -> None: ...
+
+
+Note = Callable[..., None]
+"""`note(kind, **facts)` hears what happens to workers and jobs."""
+
+
+def ignore(kind: str, **facts: object) -> None:
+    """A `Note` that nobody reads."""
+
+
+def reason_of(error: BaseException) -> str:
+    """One line."""
+    return f"{type(error).__name__}: {first_line(error)}"[:300]

@@ -16,14 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
-from extract.config import ExecutionConfig
-from extract.driver import JOBS_IN_FLIGHT, reason_of
-from extract.jobs import Died, Done, Event, Job, MakeWork, Raised, Ready
+from extract.config import ExecutionConfig, sharers_of_a_gpu
+from extract.driver import JOBS_IN_FLIGHT
+from extract.jobs import Died, Done, Event, Job, MakeWork, Raised, Ready, reason_of
 from extract.turns import Turns
 from storage.errors import ConfigError
 from storage.stage import StopRequest
 
 _GPUS = "CUDA_VISIBLE_DEVICES"
+_PATIENCE_SECONDS = 10.0
 _SERVER_KNOWS = ["extract.worker"]
 """What the server process imports, once for all workers."""
 
@@ -110,7 +111,7 @@ class ProcessPool:
     def kill(self, worker: int) -> None:
         found = self._workers.pop(worker)
         found.process.kill()
-        found.process.join()
+        found.process.join(_PATIENCE_SECONDS)  # one that waits for a dead disk cannot be ended
         found.pipe.close()
         self._free_gpus.append(found.gpus)
 
@@ -130,7 +131,11 @@ def _how_it_ended(code: int | None) -> str:
 
 
 def _shares_of_gpus(cfg: ExecutionConfig) -> list[str]:
-    """What each worker is to see of the GPUs that this process sees; nothing where there are none."""
+    """What each worker is to see of the GPUs that this process sees; nothing where there are none.
+
+    Raises:
+        ConfigError: there are fewer than a worker needs.
+    """
     import torch
 
     count = torch.cuda.device_count()
@@ -138,10 +143,12 @@ def _shares_of_gpus(cfg: ExecutionConfig) -> list[str]:
         return []
     listed = os.environ.get(_GPUS)
     names = listed.split(",")[:count] if listed else [str(number) for number in range(count)]
-    each = cfg.gpus_per_worker
-    if each < 1:
-        return [name for _ in range(int(1 / each)) for name in names]
-    return [",".join(names[first : first + int(each)]) for first in range(0, count - int(each) + 1, int(each))]
+    if cfg.gpus_per_worker < 1:
+        return names * sharers_of_a_gpu(cfg)
+    each = int(cfg.gpus_per_worker)
+    if each > count:
+        raise ConfigError(f"a worker needs {each} GPUs, this process sees {count}; lower extract.run.gpus_per_worker")
+    return [",".join(names[first : first + each]) for first in range(0, count - each + 1, each)]
 
 
 # ---- in the worker's process -----------------------------------------------------------------------------------------

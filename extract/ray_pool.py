@@ -1,29 +1,26 @@
-"""Workers as Ray actors, on this machine or on a cluster. The only file that imports ray.
+"""Workers as Ray actors, on this machine or on a cluster.
 
 Ray itself never restarts or repeats anything: the driver owns every such decision.
 """
 
 import contextlib
 import itertools
-import os
-import signal
-import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from extract.config import ExecutionConfig
-from extract.driver import reason_of
-from extract.jobs import Died, Done, Event, Job, MakeWork, Raised, Ready
+from extract.config import ExecutionConfig, sharers_of_a_gpu
+from extract.jobs import Died, Done, Event, Job, MakeWork, Raised, Ready, reason_of
+from extract.ray_session import ray_session
 from extract.turns import Turns
-from storage.errors import ConfigError, DecantError, DiskError
+from storage.errors import ConfigError
 from storage.stage import StopRequest
 
 _MOST_AT_A_TIME = 4
 """Jobs that an actor could work at; how many it does is the worker's to say."""
-_OBJECT_STORE_BYTES = 100 * 2**20
-"""We need almost none, and a large one fails in containers with a small /dev/shm."""
+_LOOK_SECONDS = 10.0
+"""Between two looks at which machines there are."""
 
 
 class _Actor:
@@ -42,34 +39,73 @@ class _Actor:
 
 
 class RayPool:
+    """One actor a worker. With GPUs an actor has no CPU of its own, or the actors would wait for those; a teacher over
+    several GPUs has a placement group, so that they are on one machine."""
+
     can_kill = True
 
     def __init__(self, cfg: ExecutionConfig, make_work: MakeWork[Any], num_jobs: int) -> None:
+        """
+        Raises:
+            ConfigError: more workers than there is room for.
+        """
         import ray
 
-        self._ray, self._make_work = ray, make_work
-        gpus = int(ray.cluster_resources().get("GPU", 0)) if cfg.device != "cpu" else 0
-        cpus = int(ray.cluster_resources().get("CPU", 1))
-        size = cfg.workers or gpus or cfg.cpu_workers(cpus)
-        unit, each, found = ("GPU", 1, gpus) if gpus else ("CPU", cfg.threads, cpus)
-        if size * each > found:  # Ray would wait for ever for the missing ones
+        self._ray, self._cfg, self._make_work, self._num_jobs = ray, cfg, make_work, num_jobs
+        self.unit = "GPU" if cfg.device != "cpu" and self._total("GPU") >= 1 else "CPU"
+        self._needs = cfg.gpus_per_worker if self.unit == "GPU" else cfg.threads
+        room = self._room()
+        if max(1, cfg.workers) > room:  # Ray would wait for ever for the missing ones
+            wanted = max(1, cfg.workers)
             raise ConfigError(
-                f"{size} workers need {size * each} {unit}s, Ray has {found}; lower extract.run.workers (or .threads)"
+                f"{wanted} workers need {wanted * self._needs:g} {self.unit}s, Ray has {self._total(self.unit):g}; "
+                f"lower extract.run.workers (or .{'gpus_per_worker' if self.unit == 'GPU' else 'threads'})"
             )
-        self.size = min(size, num_jobs)
-        resources = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": cfg.threads}
-        self._class = ray.remote(
-            max_restarts=0, max_task_retries=0, max_concurrency=_MOST_AT_A_TIME, **resources
-        )(_Actor)  # fmt: skip
+        self._size, self._looked = self._wanted(room), time.monotonic()
         self._numbers = itertools.count()
         self._actors: dict[int, Any] = {}
+        self._groups: dict[int, Any] = {}
+        """Placement groups of workers that have one."""
         self._num_calls: Counter[int] = Counter()
         self._calls: dict[Any, tuple[int, Job | None]] = {}
         """Under way; no job for the one that makes a worker."""
 
+    @property
+    def size(self) -> int:
+        """As many as the machines that are there have room for: some may be lost, others come late."""
+        if time.monotonic() - self._looked > _LOOK_SECONDS:
+            self._size, self._looked = self._wanted(self._room()), time.monotonic()
+        return self._size
+
+    def _wanted(self, room: int) -> int:
+        most = self._cfg.workers or (room if self.unit == "GPU" else self._cfg.cpu_workers(room * self._cfg.threads))
+        return max(1, min(most, room, self._num_jobs))
+
+    def _room(self) -> int:
+        """Workers that all machines together have room for."""
+        if self.unit == "GPU" and self._needs < 1:
+            return int(self._total("GPU")) * sharers_of_a_gpu(self._cfg)
+        return sum(int(found // self._needs) for found in self._of_machines(self.unit))
+
+    def _total(self, resource: str) -> float:
+        return sum(self._of_machines(resource))
+
+    def _of_machines(self, resource: str) -> list[float]:
+        return [node["Resources"].get(resource, 0.0) for node in self._ray.nodes() if node["Alive"]]
+
     def start(self) -> int:
         number = next(self._numbers)
-        actor = self._actors[number] = self._class.remote()
+        options: dict[str, Any] = {"num_cpus": self._needs, "scheduling_strategy": "SPREAD"}
+        if self.unit == "GPU":
+            options |= {"num_cpus": 0, "num_gpus": self._needs}
+        if self.unit == "GPU" and self._needs > 1:
+            from ray.util.placement_group import placement_group
+            from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+            group = self._groups[number] = placement_group([{"GPU": self._needs}], strategy="STRICT_PACK")
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group)
+        kind = self._ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=_MOST_AT_A_TIME, **options)(_Actor)
+        actor = self._actors[number] = kind.remote()
         self._calls[actor.prepare.remote(self._make_work)] = number, None
         return number
 
@@ -78,24 +114,31 @@ class RayPool:
         self._num_calls[worker] += 1
 
     def wait(self, seconds: float) -> Sequence[Event]:
+        if not self._calls:
+            time.sleep(seconds)
+            return []
         ready, _ = self._ray.wait(list(self._calls), timeout=seconds)
         return [self._event(ref) for ref in ready]
 
     def _event(self, ref: Any) -> Event:
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import RayError, RayTaskError
 
         worker, job = self._calls.pop(ref)
         try:
             result = self._ray.get(ref)
         except RayTaskError as error:
             return Raised(worker, job, getattr(error, "cause", None) or error)
-        except RayActorError as error:
+        except RayError as error:  # an actor that died, cannot be reached, or was never placed
             return Died(worker, reason_of(error))
         return Ready(worker, result) if job is None else Done(worker, job, result)
 
     def kill(self, worker: int) -> None:
         self._ray.kill(self._actors.pop(worker))
         self._calls = {ref: call for ref, call in self._calls.items() if call[0] != worker}
+        if worker in self._groups:
+            from ray.util.placement_group import remove_placement_group
+
+            remove_placement_group(self._groups.pop(worker))
 
 
 @contextlib.contextmanager
@@ -107,40 +150,5 @@ def open_ray_pool(
         ConfigError: more workers than Ray has room for.
         DecantError: no Ray can be had.
     """
-    with _ray_session(cfg):
+    with ray_session(cfg):
         yield RayPool(cfg, make_work, num_jobs)
-
-
-@contextlib.contextmanager
-def _ray_session(cfg: ExecutionConfig) -> Iterator[None]:
-    """A local Ray for the length of the block, or a seat on the cluster at `cfg.ray_address`."""
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    if not Path.home().is_dir():
-        raise DiskError(f"Ray keeps its access token in the home folder, and {Path.home()} does not exist; set HOME")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    sigterm = signal.getsignal(signal.SIGTERM)
-    local: dict[str, Any] = {
-        "num_cpus": cfg.workers * cfg.threads or os.cpu_count(),
-        "object_store_memory": _OBJECT_STORE_BYTES,
-        "include_dashboard": False,
-    }
-    try:
-        ray.init(
-            address=cfg.ray_address or "local", log_to_driver=False, logging_level="ERROR",
-            **({} if cfg.ray_address else local),
-        )  # fmt: skip
-    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        where = f"the cluster at {cfg.ray_address}" if cfg.ray_address else "a local Ray"
-        raise DecantError(f"cannot use {where}: {reason_of(error)}; --executor inline needs no Ray") from error
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, sigterm)  # ray.init puts its own handler there
-    try:
-        yield
-    finally:
-        ray.shutdown()

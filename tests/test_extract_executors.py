@@ -203,7 +203,7 @@ def test_a_hung_job_is_ended_at_its_deadline_and_given_up(apart: ExecutionConfig
     outcomes = carry_out(tmp_path, hang, 4, cfg)
     [failed] = [outcome for outcome in outcomes if isinstance(outcome, FailedJob)]
     assert (failed.job.shard, failed.is_deadly) == (1, True)
-    assert "hung: a shard took longer than 1 s (extract.run.job_seconds)" in failed.reason
+    assert "hung: the shard took longer than 1 s (extract.run.job_seconds)" in failed.reason
     assert sorted(outcome.index for outcome in outcomes if isinstance(outcome, ShardEntry)) == [0, 2, 3]
 
 
