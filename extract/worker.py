@@ -55,7 +55,7 @@ class Worker:
             (root, load_plan(root), extraction.settings_for(run))
             for root, extraction in zip(roots, extractions, strict=True)
         ]
-        loaded = [(root, plan, cfg, _load(cfg, plan)) for root, plan, cfg in opened]
+        loaded = [(root, plan, cfg, load_store_teacher(cfg, plan)) for root, plan, cfg in opened]
         turn = threading.Lock()
         self.stores = [  # batch sizes are chosen when all teachers have their memory
             OpenStore(
@@ -84,7 +84,7 @@ class Worker:
         return Extracted(entries, meter.seconds)
 
 
-def _load(cfg: ExtractConfig, plan: StorePlan) -> Teacher:
+def load_store_teacher(cfg: ExtractConfig, plan: StorePlan) -> Teacher:
     """The teacher that a store is made with.
 
     Raises:
