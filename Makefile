@@ -96,7 +96,7 @@ status:
 	$(PIPELINE) $@ $(call quoted,STORE) $(call option,work,WORK)
 
 join:
-	$(PIPELINE) $@ $(call quoted,STORE) $(call option,executor,EXECUTOR) $(call option,ray-address,RAY)
+	$(PIPELINE) $@ $(call quoted,STORE) $(call option,teacher,TEACHER) $(call option,executor,EXECUTOR) $(call option,ray-address,RAY)
 
 audit:
 	$(PIPELINE) $@ $(call quoted,STORE) $(call option,work,WORK) $(call option,n,N) $(call option,seed,SEED)

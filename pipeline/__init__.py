@@ -18,7 +18,7 @@ report.py      the report stage: one self-contained HTML page
 screen.py      what a command shows: the plan, the table
 store_status.py  how far the stores are that are being filled
 repair.py      which shards of a store are damaged, and how they are made again
-store_commands.py  verify, repair, convert, upload
+store_commands.py  verify, repair, convert, upload, join
 options.py     the words of the command line
 settings.py    where a command's settings come from
 cli.py         the commands

@@ -1,5 +1,6 @@
-"""The commands about stores: verify, repair, convert, upload."""
+"""The commands about stores: verify, repair, convert, upload, join."""
 
+import importlib
 import math
 import re
 import time
@@ -8,8 +9,9 @@ from typing import Any
 
 import click
 
+from extract.config import ExecutionConfig
 from pipeline import provenance
-from pipeline.options import ENCODING, LAYOUT, READ_DATA, WORK
+from pipeline.options import ENCODING, EXECUTOR, LAYOUT, RAY_ADDRESS, READ_DATA, WORK
 from pipeline.progress import show_progress
 from pipeline.repair import Health, examine_store, repair_store
 from pipeline.screen import console
@@ -144,4 +146,18 @@ def upload(source: Path, url: str) -> None:
     console.print(f"{url} holds the store; train from it with STORE={url}")
 
 
-COMMANDS = (verify, repair, convert, upload)
+@click.command(help="Help to fill a store that another command is filling, from the path of its folder alone.")
+@click.argument("store")
+@click.option("--teacher", metavar="FILE.py", help="Where a Python file makes the store's teacher: run that file.")
+@EXECUTOR
+@RAY_ADDRESS
+def join(store: str, teacher: str | None, executor: str | None, ray_address: str | None) -> None:
+    root = _local(store, "join where its folder is")
+    named = {"executor": executor, "ray_address": ray_address}
+    run = ExecutionConfig.checked({name: value for name, value in named.items() if value is not None}, "options")
+    with show_progress("join", console) as progress:
+        did = importlib.import_module("extract.join").join_store(root, run, progress, teacher=teacher)
+    console.print(f"{root} is finished; {did.get('shards', 0):,} shards of it were made here", soft_wrap=True)
+
+
+COMMANDS = (verify, repair, convert, upload, join)

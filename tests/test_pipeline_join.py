@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.fixtures.runs import Outcome
+
 ROOT = Path(__file__).resolve().parent.parent
 SLOW = """
 import sys, time
@@ -46,3 +48,25 @@ def test_commands_that_join_share_a_store_and_survive_each_other(
         assert "joining the command that is filling" in said[1] or is_killed
         assert len(list(work.glob("stores/*/result.json"))) == 1
     assert tree_bytes(tmp_path / "together" / "stores") == tree_bytes(tmp_path / "killed" / "stores")
+
+
+def test_a_store_is_finished_from_its_folder_alone(
+    decant: Callable[..., Outcome], make_images: Callable[..., Path], tmp_path: Path,
+    tree_bytes: Callable[[Path], dict[str, bytes]],
+) -> None:  # fmt: skip
+    images, work = make_images(), tmp_path / "runs"
+    first = start(images, work)
+    deadline = time.monotonic() + 60
+    while not list(work.glob("stores/*/receipts/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    first.kill()
+    first.communicate()
+    [store] = work.glob("stores/*/")
+    outcome = decant("join", store, "--executor", "inline")
+    assert outcome.code == 0, outcome.err
+    assert "is finished" in outcome.out
+    joined = tree_bytes(store)
+    again = start(images, work)
+    assert again.wait(60) == 0, again.communicate()[0]
+    assert tree_bytes(store) == joined
+    assert decant("join", tmp_path / "nowhere").code == 2
