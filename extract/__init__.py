@@ -49,6 +49,7 @@ summary.py     what is said at its end
 events.py      what happens to a store while it is filled, as a file beside it
 fill.py        the jobs that are missing, carried out by workers, with what becomes of each
 audit.py       random records of a store, made again and compared
+final_audit.py the audit that every extraction ends with
 filling.py     one store while it is filled, and its metrics
 sharing.py     which jobs are this driver's, where several fill the same stores
 preflight.py   is there a place for the stores, before a teacher is loaded

@@ -50,6 +50,9 @@ class ExecutionConfig(Schema):
             raise ValueError("above 1 it is a whole number of GPUs")
         return value
 
+    audit_records: int = Field(default=8, ge=0)
+    """Random records that are made again at the end, and compared with what is stored; 0 for none."""
+
     def cpu_workers(self, cores: int) -> int:
         """Workers on so many cores, where there is no GPU."""
         return self.workers or max(1, min(8, cores // self.threads))

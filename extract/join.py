@@ -13,6 +13,7 @@ from typing import Any
 from extract.config import ExecutionConfig
 from extract.extraction import FILE_NAME, absolute_teacher, load_extraction, names_code
 from extract.filling import Filling
+from extract.final_audit import audit_filling
 from extract.preflight import check_writable
 from extract.sharing import fill_with_others
 from storage.errors import ConfigError, InputError, StoreBusyError
@@ -107,6 +108,7 @@ def _go_on(
     sweep(root, filling.plan)
     watch = fill_with_others([filling], progress, stop)
     filling.check_whole()
+    audit_filling(filling, progress)
     filling.finish(time.monotonic() - watch.began, [])
     return watch.summary()
 

@@ -13,6 +13,7 @@ import torch
 
 from extract.config import ExtractConfig
 from extract.filling import Filling, Target
+from extract.final_audit import audit_filling
 from extract.plan import build_plan
 from extract.preflight import check_place
 from extract.retry import forget_failures
@@ -98,18 +99,20 @@ def run_together(
         fillings = [Filling.begin(*target, store, images) for target, store in zip(targets, planned, strict=True)]
         watch = fill_with_others(fillings, progress, stop)
         seconds = time.monotonic() - started
-        return [_finish(filling, fillings, seconds, watch.summary()) for filling in fillings]
+        return [_finish(filling, fillings, seconds, watch.summary(), progress) for filling in fillings]
 
 
 def _finish(
-    filling: Filling, fillings: Sequence[Filling], seconds: float, summary: dict[str, Any]
+    filling: Filling, fillings: Sequence[Filling], seconds: float, summary: dict[str, Any], progress: Progress
 ) -> dict[str, Any] | QuarantineError:
     try:
         filling.check_whole()
     except QuarantineError as error:
         return error
+    audit = audit_filling(filling, progress)
     others = [other.cfg.teacher for other in fillings if other is not filling]
-    return filling.finish(seconds, others) | {"run": summary}
+    metrics = {"run": summary, "audit": None if audit is None else audit._asdict()}
+    return filling.finish(seconds, others) | metrics
 
 
 def _check_agreement(targets: Sequence[Target]) -> None:

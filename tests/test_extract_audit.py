@@ -13,6 +13,7 @@ from extract.run import run
 from extract.whiten import Whitener
 from extract.worker import load_store_teacher
 from storage.encodings import Int8
+from storage.errors import DamagedError
 from storage.image_index import load_index
 from storage.image_list import ImageList
 from storage.reader import open_store
@@ -90,8 +91,7 @@ def test_a_wrong_value_anywhere_is_found(
 ) -> None:  # fmt: skip
     with monkeypatch.context() as patch:
         commit_wrong(patch, spoil)
-        patch.setattr("extract.run.audit_filling", lambda *arguments: None, raising=False)
-        cfg, root, images = made()
+        cfg, root, images = made(run=CFG.run.model_copy(update={"audit_records": 0}))
     found = audit(cfg, root, images)
     assert not found.is_good
     assert "NOT what the teacher says" in str(found)
@@ -108,3 +108,12 @@ def test_an_unfinished_store_and_one_with_holes_can_be_audited(
     found = audit(cfg, root.with_name("part"), images)
     assert found.is_good
     assert found.num_records == 2 * (16 - 3)
+
+
+def test_every_extraction_ends_with_an_audit(
+    made: Callable[..., tuple[ExtractConfig, Path, ImageList]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commit_wrong(monkeypatch, shift)
+    with pytest.raises(DamagedError, match=r"is not finished: audit: 8 random records are NOT what the teacher says"):
+        made()
+    assert not (tmp_path / "store" / "manifest.json").exists()
