@@ -53,6 +53,8 @@ def join_store(
             did = help_others([root], run, progress, teachers=[teacher])
             continue
         with contextlib.suppress(StoreBusyError), hold_lock(root), stop_on_signals() as stop:
+            if _is_finished(root):  # a moment ago
+                return did
             return _go_on(root, run, teacher, progress, stop)
     return did
 

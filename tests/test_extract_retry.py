@@ -20,7 +20,7 @@ from storage.verify import iter_damage
 
 CFG = ExtractConfig(
     teacher="toy", views=2, records_per_shard=6, max_bad_fraction=1.0,
-    run=ExecutionConfig(executor="inline", batch_size=4, device="cpu"),
+    run=ExecutionConfig(executor="inline", batch_size=4, device="cpu", audit_records=0),
 )  # fmt: skip
 """16 training images in 6 shards."""
 MakeIndex = Callable[..., tuple[Path, object]]
