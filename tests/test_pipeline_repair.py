@@ -36,7 +36,7 @@ def damaged(decant: Decant, make_images: Callable[..., Path], tmp_path: Path) ->
         common = ("--views", 1, "--executor", "inline", "--work", tmp_path / "runs")
         made = decant("extract", "--data", make_images(), *common, *arguments)
         assert made.code == 0, made.err
-        [store] = (tmp_path / "runs" / "stores").iterdir()
+        [store] = (path for path in (tmp_path / "runs" / "stores").iterdir() if path.is_dir())
         return store
 
     return make
