@@ -93,7 +93,8 @@ def test_a_driver_that_is_killed_twenty_times_ends_with_the_same_bytes(
             if code == 0:
                 break
             kills += 1
-            assert not (root / "manifest.json").exists() or tree_bytes(root) == files
+            if (root / "manifest.json").exists():  # what is not the store's may still lie about
+                assert tree_bytes(root).items() >= files.items()
         run(CFG, {"data": data}, root)
         assert tree_bytes(root) == files
 
