@@ -20,8 +20,8 @@ class DataConfig(Schema):
     """Which images."""
 
     path: str | None = None
-    """A folder of class folders, or tars (WebDataset) or Parquet files of images; `train` and `val` parts are used if
-    there are any."""
+    """A folder of class folders, or tars (WebDataset) or Parquet files of images, by path or URL; `train` and `val`
+    parts are used if there are any."""
     eval_fraction: float = Field(default=0.2, ge=0, lt=1)
     """Share of each class that is held out for evaluation where the data has no `val` part of its own."""
     split_seed: int = 0

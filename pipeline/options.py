@@ -46,7 +46,7 @@ _OF_STAGES = (
     click.option(
         "--weights", help="A local file with the teacher's weights, `random`, or `hub`; one for each teacher."
     ),
-    click.option("--data", help="A folder of class folders, or tars (WebDataset) or Parquet files of images."),
+    click.option("--data", help="A folder of class folders, or tars or Parquet files of images: a path or a URL."),
     click.option("--views", type=int, help="Stored views an image."),
     LAYOUT,
     ENCODING,

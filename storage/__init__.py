@@ -28,7 +28,8 @@ parquet_table.py a Parquet file, unpacked as far as memory is allowed
 thrift.py       the protocol of Parquet's footers and page headers
 held_values.py  large values that threads share: each made once, the newest held
 tar_members.py  where the images lie in tars, kept from one command to the next
-images.py       a source by its path
+remote_data.py  data sets behind a URL: their files, and class folders
+images.py       a source by its path or URL
 decode.py       image bytes to pixels
 resize.py       the antialiased resize behind render_view
 jpeg.py         rendered views as JPEG, for stores that keep them

@@ -7,7 +7,7 @@ import re
 import stat
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from operator import attrgetter
 from pathlib import Path
@@ -27,6 +27,24 @@ def _folder_split(name: str) -> str | None:
     return split_of(re.split(r"[^a-z]", name.lower(), maxsplit=1)[0])
 
 
+def is_divided(subfolders: Iterable[str]) -> bool:
+    """Whether the folders directly in a data set are its parts, not its classes."""
+    return {"train", "eval"} <= set(map(_folder_split, subfolders))
+
+
+def place_in(parts: Sequence[str], divided: bool) -> tuple[str | None, str | None]:
+    """Class and part of the images in a folder, from the names of the folders that lead to it."""
+    split = _folder_split(parts[0]) if divided and parts else None
+    labels = parts[1:] if split else parts
+    return (labels[0] if labels else None), split
+
+
+def no_image_in(place: str) -> InputError:
+    return InputError(
+        f"no image in {place}; expected {place}/<class>/<image> with one of {', '.join(sorted(IMAGE_SUFFIXES))}"
+    )
+
+
 class FolderImages:
     """`root/<class>/**/<file>`, or `root/train/<class>/...` with `root/val/<class>/...`; images directly in `root` have
     no label. Keys are paths relative to `root`. Hidden files and folders are passed over."""
@@ -37,20 +55,16 @@ class FolderImages:
     def list_images(self) -> list[ImageEntry]:
         """Raises InputError when there is no image, or a folder that cannot be listed."""
         entries: list[ImageEntry] = []
-        is_divided = False
+        divided = False
         for folder in _walk(self.root):
             parts = folder.place.parts
             if not parts:
-                is_divided = {"train", "eval"} <= {_folder_split(name) for name, _ in folder.subfolders}
-            split = _folder_split(parts[0]) if is_divided and parts else None
-            labels = parts[1:] if split else parts
-            label, prefix = labels[0] if labels else None, "".join(f"{part}/" for part in parts)
+                divided = is_divided(name for name, _ in folder.subfolders)
+            label, split = place_in(parts, divided)
+            prefix = "".join(f"{part}/" for part in parts)
             entries += [ImageEntry(prefix + name, label, split, *found) for name, found in folder.files]
         if not entries:
-            raise InputError(
-                f"no image in {self.root}; expected {self.root}/<class>/<image> with one of "
-                f"{', '.join(sorted(IMAGE_SUFFIXES))}"
-            )
+            raise no_image_in(str(self.root))
         return sorted(entries, key=attrgetter("key"))
 
     def read_bytes(self, key: str) -> bytes:

@@ -21,7 +21,7 @@ from storage.fingerprint import digest_json, digest_parts
 from storage.image_digests import take_digests
 from storage.image_list import ImageList, decode_images, encode_images
 from storage.image_source import ImageEntry
-from storage.images import open_images
+from storage.images import open_images, place_of
 from storage.skipped_images import find_skipped
 from storage.stage import Progress, SilentProgress
 
@@ -129,7 +129,7 @@ def build_index(
         InputError: no image, a class too small to divide, or a name that is no text.
     """
     progress = progress or SilentProgress()
-    place = str(Path(location).expanduser().absolute())
+    place = place_of(location)
     cache_dir = cache_dir.absolute()
     source = open_images(location, cache_dir)
     make_folder(cache_dir)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from storage.data_files import DataFile, LostFileError, for_each
 from storage.errors import BadImageError, DamagedError, InputError
 from storage.image_source import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, ImageEntry, file_splits
 from storage.tar_members import Member, TarMembers, TarStat, load_members, members_path, save_members
@@ -20,17 +21,17 @@ class TarImages:
     images are then read by offset. Nothing is unpacked.
     """
 
-    def __init__(self, tars: list[Path], cache_dir: Path | None = None) -> None:
+    def __init__(self, tars: Sequence[DataFile], cache_dir: Path | None = None) -> None:
         """`cache_dir` keeps what a scan has found."""
         self.tars, self.cache_dir = tars, cache_dir
         self._members: TarMembers | None = None
 
     def list_images(self) -> list[ImageEntry]:
         self._members = members = self._find_members()
-        splits = file_splits([tar.stem for tar in self.tars])
+        splits = file_splits([tar.name.removesuffix(".tar") for tar in self.tars])
         if not len(members):
             raise InputError(
-                f"no image in {len(self.tars)} tar(s) at {self.tars[0].parent}; expected <key>.jpg, <key>.cls"
+                f"no image in {len(self.tars)} tar(s), first {self.tars[0].place}; expected <key>.jpg, <key>.cls"
             )
         classes = (*members.classes, None)  # -1 stands for the last one
         rows = zip(members.keys, *(column.tolist() for column in members.columns), strict=True)
@@ -41,11 +42,11 @@ class TarImages:
 
     def _find_members(self) -> TarMembers:
         """From the cache, where the tars are still the same; else by a scan."""
-        stats = [TarStat.of(tar) for tar in self.tars]
+        stats = for_each(TarStat.of, self.tars)
         path = members_path(self.cache_dir, stats) if self.cache_dir else None
         if path and (known := load_members(path, stats)):
             return known
-        members = TarMembers.of(stats, _Scan().images(self.tars))
+        members = TarMembers.of(stats, _scan_all(self.tars))
         if path and len(members):
             save_members(path, members)
         return members
@@ -60,10 +61,9 @@ class TarImages:
             raise BadImageError(f"larger than {MAX_IMAGE_BYTES >> 20} MiB")
         tar = self.tars[member.tar]
         try:
-            with open(tar, "rb", buffering=0) as file:
-                data = os.pread(file.fileno(), member.num_bytes, member.offset)
-        except OSError as error:
-            raise BadImageError(f"{tar.name} cannot be read: {os.strerror(error.errno or 0)}") from error
+            (data,) = tar.read([(member.offset, member.num_bytes)])
+        except LostFileError as error:
+            raise BadImageError(f"{tar.name} {error.reason}") from error
         if len(data) != member.num_bytes:
             raise BadImageError(f"{tar.name} ends {member.num_bytes - len(data)} bytes too early")
         return data
@@ -79,72 +79,82 @@ class _Part(NamedTuple):
     num_bytes: int
 
 
-class _Scan:
-    """Reads the headers of tars, and finds their images.
+class _Found(NamedTuple):
+    """An image in a tar."""
+
+    member: Member
+    name: str
+    """Of the member itself."""
+    part: str
+    """The tar that it stands in, for messages."""
+
+
+def _scan_all(tars: Sequence[DataFile]) -> Iterator[Member]:
+    """The images of all tars, in any order.
+
+    Raises:
+        DamagedError: a tar is not whole.
+        InputError: a key stands twice, or a tar cannot be read.
+    """
+    earlier: dict[str, str] = {}
+    for found in for_each(_scan_file, tars, range(len(tars))):
+        for member, name, part in found:
+            stem = member.key.rpartition(".")[0]
+            if stem in earlier:
+                raise InputError(
+                    f"the key {stem!r} stands twice: in {earlier[stem]} and as {name} in {part}; keys must be unique"
+                )
+            earlier[stem] = part
+            yield member
+
+
+def _scan_file(tar: DataFile, number: int) -> list[_Found]:
+    try:
+        with tar.open() as file:
+            return list(_scan(_Part(file, tar.place, 0, tar.stat().num_bytes), number))
+    except OSError as error:
+        raise _not_whole(tar.place, error) from error
+
+
+def _scan(part: _Part, number: int, outer: str | None = None) -> Iterator[_Found]:
+    """Read the headers of a tar.
 
     A tar inside a tar is read in its place, as the archives of ImageNet are made: its images have its name in front of
     their keys and, unless they bring a label, for their class.
     """
-
-    def __init__(self) -> None:
-        self._earlier: dict[str, str] = {}
-        """Keys without suffixes, and the tar that each of them stands in."""
-
-    def images(self, tars: Sequence[Path]) -> Iterator[Member]:
-        """The images of all tars.
-
-        Raises:
-            DamagedError: a tar is not whole.
-            InputError: a key stands twice.
-        """
-        for number, tar in enumerate(tars):
-            try:
-                with open(tar, "rb") as file:
-                    yield from self._scan(_Part(file, str(tar), 0, os.fstat(file.fileno()).st_size), number)
-            except OSError as error:
-                raise _not_whole(str(tar), error) from error
-
-    def _scan(self, part: _Part, number: int, outer: str | None = None) -> Iterator[Member]:
-        found: dict[str, tuple[str, int, int]] = {}
-        labels: dict[str, str] = {}
-        nested: list[tuple[str, _Part]] = []
-        prefix = "" if outer is None else f"{outer}/"
-        try:
-            with tarfile.open(fileobj=io.BufferedReader(_Window(part)), mode="r:") as archive:
-                for member in archive:
-                    if member.size < 0:  # tarfile would go backwards, for ever
-                        raise tarfile.ReadError(f"member {member.name!r} has a negative size")
-                    stem, suffix = split_member(member.name)
-                    stem = prefix + stem
-                    if not member.isreg() or member.issparse():
-                        continue
-                    if f".{suffix}" in IMAGE_SUFFIXES:
-                        self._enter(stem, member.name, part)
-                        found[stem] = (suffix, part.start + member.offset_data, member.size)
-                    elif suffix in ("cls", "cls.txt") and member.size <= 4096:
-                        file = archive.extractfile(member)
-                        labels[stem] = file.read().decode("utf-8", "replace").strip() if file else ""
-                    elif suffix == "tar" and outer is None:
-                        inner = part._replace(
-                            name=f"{member.name} in {part.name}", start=member.offset_data, num_bytes=member.size
-                        )
-                        nested.append((stem, inner))
-                end = archive.offset
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise _not_whole(part.name, error) from error
-        _check_end(part, end)
-        for stem, (suffix, offset, size) in found.items():
-            yield Member(f"{stem}.{suffix}", number, offset, size, labels.get(stem) or outer)
-        for stem, inner in nested:
-            yield from self._scan(inner, number, stem)
-
-    def _enter(self, stem: str, member: str, part: _Part) -> None:
-        if stem in self._earlier:
-            raise InputError(
-                f"the key {stem!r} stands twice: in {self._earlier[stem]} and as {member} in {part.name}; "
-                "keys must be unique"
-            )
-        self._earlier[stem] = part.name
+    found: list[tuple[str, str, tarfile.TarInfo]] = []
+    labels: dict[str, str] = {}
+    nested: list[tuple[str, _Part]] = []
+    prefix = "" if outer is None else f"{outer}/"
+    try:
+        with tarfile.open(fileobj=io.BufferedReader(_Window(part)), mode="r:") as archive:
+            for member in archive:
+                if member.size < 0:  # tarfile would go backwards, for ever
+                    raise tarfile.ReadError(f"member {member.name!r} has a negative size")
+                stem, suffix = split_member(member.name)
+                stem = prefix + stem
+                if not member.isreg() or member.issparse():
+                    continue
+                if f".{suffix}" in IMAGE_SUFFIXES:
+                    found.append((stem, suffix, member))
+                elif suffix in ("cls", "cls.txt") and member.size <= 4096:
+                    file = archive.extractfile(member)
+                    labels[stem] = file.read().decode("utf-8", "replace").strip() if file else ""
+                elif suffix == "tar" and outer is None:
+                    inner = part._replace(
+                        name=f"{member.name} in {part.name}", start=member.offset_data, num_bytes=member.size
+                    )
+                    nested.append((stem, inner))
+            end = archive.offset
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise _not_whole(part.name, error) from error
+    _check_end(part, end)
+    for stem, suffix, info in found:
+        offset = part.start + info.offset_data
+        image = Member(f"{stem}.{suffix}", number, offset, info.size, labels.get(stem) or outer)
+        yield _Found(image, info.name, part.name)
+    for stem, inner in nested:
+        yield from _scan(inner, number, stem)
 
 
 class _Window(io.RawIOBase):

@@ -1,4 +1,4 @@
-"""The files of a store behind a URL: `s3://`, `gs://`, `http://` and `https://`, read through fsspec.
+"""The files of a store or a data set behind a URL: `s3://`, `gs://`, `http://` and `https://`, read through fsspec.
 
 Every object is asked for by byte ranges, many at once; nothing is kept here. Endpoint and credentials come from where
 their libraries look for them (environment, profiles, ~/.netrc). Retries are decided in one place, so those of the
@@ -56,7 +56,7 @@ class RemoteFiles:
             attempts: how often an answer that may pass is asked for.
 
         Raises:
-            ConfigError: a URL that stores cannot have.
+            ConfigError: a URL that stores and data sets cannot have.
         """
         parts = urlsplit(url)
         self.scheme = parts.scheme.lower()
@@ -64,7 +64,9 @@ class RemoteFiles:
             raise unknown_name("kind of URL", self.scheme, EXTRAS)
         self.location = f"{self.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
         if not parts.netloc or parts.query or parts.fragment:
-            raise ConfigError(f"{self.location} is no store's URL; expected {self.scheme}://<bucket or host>/<folder>")
+            raise ConfigError(
+                f"{self.location} is no URL of a store or of data; expected {self.scheme}://<bucket or host>/<folder>"
+            )
         self._url = f"{self.scheme}://{parts.netloc}{parts.path}".rstrip("/")
         self._secrets = (parts.password,) if parts.password else ()
         self.timeout_seconds, self.attempts = timeout_seconds, attempts
@@ -90,7 +92,7 @@ class RemoteFiles:
             InputError: the server refuses, or cannot be reached.
         """
         span = Span(name, 0, MAX_WHOLE_BYTES)
-        data = self._fetch([span])[span]
+        data = self.fetch([span])[span]
         if len(data) == MAX_WHOLE_BYTES:
             raise InputError(f"{self.location}/{name} is larger than 1 GB, which no such file of a store is")
         return data
@@ -98,7 +100,7 @@ class RemoteFiles:
     def read_end(self, name: str, num_bytes: int) -> bytes:
         """The last bytes of a file; fewer when it is shorter."""
         span = Span(name, -num_bytes, None)
-        return self._fetch([span])[span]
+        return self.fetch([span])[span]
 
     def read_pieces(self, pieces: Iterable[Piece]) -> None:
         """Fill the targets of all pieces; those that lie near to each other come in one request.
@@ -108,7 +110,7 @@ class RemoteFiles:
             InputError: the server refuses, or cannot be reached.
         """
         for joined in _in_groups(_joined([piece for piece in pieces if piece.num_bytes])):
-            found = self._fetch([span for span, _ in joined])
+            found = self.fetch([span for span, _ in joined])
             for span, members in joined:
                 data = memoryview(found[span])
                 for name, offset, targets, num_bytes in members:
@@ -122,22 +124,29 @@ class RemoteFiles:
 
     def exists(self, name: str) -> bool:
         try:
-            self._fetch([Span(name, 0, 1)])  # not a HEAD: its refusals say nothing of the reason
+            self.fetch([Span(name, 0, 1)])  # not a HEAD: its refusals say nothing of the reason
         except MissingObjectError:
             return False
         return True
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None when there is no such file."""
+        info = self.info(name)
+        return None if info is None else int(info["size"])
+
+    def info(self, name: str) -> dict[str, Any] | None:
+        """What the server says of a file, its `size` among that; None when there is no such file."""
         try:
-            info = self.ask(name, lambda system, seconds: system.info(self.path(name), timeout=seconds))
+            info: dict[str, Any] = self.ask(
+                name, lambda system, seconds: system.info(self.path(name), timeout=seconds)
+            )  # fmt: skip
         except MissingObjectError:
             return None
         if info["type"] != "file":
             return None
         if info["size"] is None:
             raise InputError(f"{self.location}/{name}: the server does not say how long it is; use another server")
-        return int(info["size"])
+        return info
 
     def digest(self, name: str) -> str:
         """Content hash of a file of any size, read in blocks.
@@ -147,12 +156,12 @@ class RemoteFiles:
         """
         size = self.size(name)
         if size is None:
-            self._fetch([Span(name, 0, 1)])
+            self.fetch([Span(name, 0, 1)])
         hasher, total = blake3(max_threads=blake3.AUTO), size or 0
         for first in range(0, total, MAX_IN_FLIGHT_BYTES // 2):
             starts = range(first, min(first + MAX_IN_FLIGHT_BYTES // 2, total), DIGEST_BLOCK_BYTES)
             spans = [Span(name, start, min(start + DIGEST_BLOCK_BYTES, total)) for start in starts]
-            blocks = self._fetch(spans)
+            blocks = self.fetch(spans)
             for span in spans:
                 if len(blocks[span]) != (span.end or 0) - span.start:
                     raise ends_early(f"{self.location}/{name}", total)
@@ -204,7 +213,7 @@ class RemoteFiles:
         """The cause to keep for a traceback; none where it could hold a password."""
         return None if self._secrets else error
 
-    def _fetch(self, spans: Sequence[Span]) -> dict[Span, bytes]:
+    def fetch(self, spans: Sequence[Span]) -> dict[Span, bytes]:
         """The bytes of spans, fewer where an object ends. Only what failed is asked for again."""
         found: dict[Span, bytes] = {}
 

@@ -5,7 +5,6 @@ time. Reading it takes a thousandth of the time that the headers take.
 """
 
 import contextlib
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,6 +15,7 @@ from pydantic import Field
 
 from storage.atomic import write_file
 from storage.columns import Keys, cut_columns, encode_columns, open_columns
+from storage.data_files import DataFile
 from storage.errors import DamagedError, DecantError
 from storage.fingerprint import digest_bytes, digest_json
 from storage.schema import Schema
@@ -27,15 +27,17 @@ class TarStat(Schema):
     """What changes when a tar is replaced."""
 
     place: str
-    """Digest of its path, which need not be text."""
+    """Digest of its path or URL."""
     num_bytes: int
     stamp: int
     inode: int
 
     @classmethod
-    def of(cls, tar: Path) -> "TarStat":
-        found, place = tar.stat(), digest_bytes(os.fsencode(tar.absolute()))
-        return cls(place=place, num_bytes=found.st_size, stamp=found.st_mtime_ns, inode=found.st_ino)
+    def of(cls, tar: DataFile) -> "TarStat":
+        found = tar.stat()
+        return cls(
+            place=digest_bytes(tar.identity), num_bytes=found.num_bytes, stamp=found.stamp, inode=found.inode
+        )  # fmt: skip
 
 
 class Member(NamedTuple):

@@ -194,9 +194,9 @@ def test_passwords_are_not_printed(pauses: list[float]) -> None:
     ("url", "words"),
     [
         ("ftp://host/store", "unknown kind of URL 'ftp'"),
-        ("https://host/store?token=abc", "no store's URL"),
-        ("https://host/store#part", "no store's URL"),
-        ("s3:///store", "no store's URL"),
+        ("https://host/store?token=abc", "no URL of a store"),
+        ("https://host/store#part", "no URL of a store"),
+        ("s3:///store", "no URL of a store"),
     ],
 )
 def test_urls_that_are_none(url: str, words: str) -> None:

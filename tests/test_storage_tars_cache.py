@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import storage.image_tars
+from storage.data_files import LocalFile
 from storage.errors import BadImageError
 from storage.image_index import ImageIndex, build_index
 from storage.images import open_images
@@ -19,13 +20,13 @@ from storage.tar_members import TarMembers, TarStat, load_members, save_members
 def scans(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The tars whose headers are read from now on."""
     found: list[Path] = []
-    scan = storage.image_tars._Scan._scan
+    scan = storage.image_tars._scan
 
-    def counted(self: Any, part: Any, *others: Any) -> Any:
+    def counted(part: Any, *others: Any) -> Any:
         found.append(Path(part.name))
-        return scan(self, part, *others)
+        return scan(part, *others)
 
-    monkeypatch.setattr(storage.image_tars._Scan, "_scan", counted)
+    monkeypatch.setattr(storage.image_tars, "_scan", counted)
     return found
 
 
@@ -105,7 +106,7 @@ def test_a_cache_made_to_harm_is_not_used(make_tar: Callable[..., Path], tmp_pat
     cache.mkdir()
     truth = open_images(location, cache).list_images()
     (path,) = cache.iterdir()
-    stats = [TarStat.of(Path(location))]
+    stats = [TarStat.of(LocalFile(Path(location)))]
     known = load_members(path, stats)
     assert known is not None
     for column, value in ((0, 1), (0, -2), (1, 1)):
