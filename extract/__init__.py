@@ -52,6 +52,7 @@ audit.py       random records of a store, made again and compared
 final_audit.py the audit that every extraction ends with
 filling.py     one store while it is filled, and its metrics
 sharing.py     which jobs are this driver's, where several fill the same stores
+trial.py       how fast an extraction would go
 preflight.py   is there a place for the stores, before a teacher is loaded
 retry.py       forgets what was given up
 join.py        helps a command that is filling a store
