@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from extract.timing import StageSeconds, find_bottleneck
+
 _BAD_LISTED = 10
 
 
@@ -48,3 +50,6 @@ def _time_line(summary: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"of the workers' {worker_seconds:,.0f} s: {shares}; decoding, in threads beside that, {spent['decode']:,.0f} s"
     )
+    bottleneck = find_bottleneck(StageSeconds(**spent), worker_seconds)
+    if bottleneck is not None:
+        yield str(bottleneck)

@@ -26,7 +26,7 @@ from extract.jobs import FailedJob, Job
 from extract.plan import build_plan
 from extract.pools import open_pool
 from extract.teacher import choose_device
-from extract.timing import StageSeconds
+from extract.timing import Bottleneck, StageSeconds, find_bottleneck
 from extract.worker import Worker
 from storage.atomic import write_file
 from storage.errors import InputError
@@ -66,6 +66,10 @@ class Trial(NamedTuple):
     @property
     def images_per_second(self) -> float:
         return self.images / self.seconds
+
+    @property
+    def bottleneck(self) -> Bottleneck | None:
+        return find_bottleneck(self.stage_seconds, self.seconds * self.workers)
 
     def hours_for(self, num_images: int) -> float:
         """How long an extraction of so many images would take."""

@@ -10,6 +10,7 @@ from extract.config import ExecutionConfig, ExtractConfig
 from extract.filling import Target
 from extract.jobs import Job
 from extract.run import run
+from extract.timing import StageSeconds
 from extract.trial import Trial, TrialWorker, Tried, run_trial
 from storage.encodings import Int8
 from storage.errors import InputError
@@ -58,13 +59,14 @@ def test_images_are_counted_until_there_are_no_more(
     spent = found.stage_seconds
     assert min(spent.decode, spent.forward, spent.write) > 0
     assert spent.forward + spent.wait + spent.encode + spent.write < found.seconds * found.workers
+    assert found.bottleneck is not None and found.bottleneck.advice
     assert listing(tmp_path) == before
 
 
 class SlowWorker(TrialWorker):
     """Takes two seconds of a clock that does not wait."""
 
-    def __call__(self, job: Job) -> Tried:
+    def __call__(self, job: Job) -> Tried:  # type: ignore[override]
         clock.now += 2.0
         clock.begun.append(job.shard)
         return super().__call__(job)
@@ -138,6 +140,6 @@ def test_no_images_cannot_be_tried(tmp_path: Path, image_list: Callable[[int], I
 
 
 def test_rates_are_told_from_what_was_counted() -> None:
-    found = Trial(100, 20.0, 3600.0, 2, (8,), trial.StageSeconds(), 0, 0)
+    found = Trial(100, 20.0, 3600.0, 2, (8,), StageSeconds(), 0, 0)
     assert found.images_per_second == 5.0
     assert found.hours_for(18_000) == 2.0
