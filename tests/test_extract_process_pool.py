@@ -1,0 +1,199 @@
+"""Workers as processes: what they say travels, they see their own GPUs only, none outlives the driver."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from extract.config import ExecutionConfig
+from extract.jobs import FailedJob, Job
+from extract.process_pool import open_process_pool
+from storage.errors import ConfigError, StoreBusyError
+from storage.records import ShardEntry
+from storage.stage import StopRequest
+from tests.fixtures.jobs import Worker, attempts, carry_out, entry_of
+
+PROJECT = Path(__file__).resolve().parent.parent
+CFG = ExecutionConfig(executor="process", workers=1, device="cpu")
+
+
+class TwoPartsError(Exception):
+    """Cannot be made again from what pickle keeps."""
+
+    def __init__(self, part: str, other: str) -> None:
+        super().__init__(f"{part} and {other}")
+
+
+def raise_what_cannot_travel(job: int, attempt: int, folder: Path) -> None:
+    if job == 0:
+        raise TwoPartsError("one", "two")
+    if job == 1:
+        error = ValueError("with a guest")
+        error.guest = lambda: None  # type: ignore[attr-defined]
+        raise error
+
+
+def test_errors_that_cannot_travel_arrive_as_text(tmp_path: Path) -> None:
+    outcomes = carry_out(tmp_path, raise_what_cannot_travel, 3, CFG)
+    assert {found.job.shard: found.reason for found in outcomes if isinstance(found, FailedJob)} == {
+        0: "RuntimeError: TwoPartsError: one and two",
+        1: "RuntimeError: ValueError: with a guest",
+    }
+    assert attempts(tmp_path) == {0: 3, 1: 3, 2: 1}
+
+
+def refuse(job: int, attempt: int, folder: Path) -> None:
+    error = StoreBusyError("held by another")
+    error.then = "make status"
+    raise error
+
+
+def test_our_own_errors_keep_their_class_and_what_to_do_then(tmp_path: Path) -> None:
+    with pytest.raises(StoreBusyError, match=r"^held by another$") as caught:
+        carry_out(tmp_path, refuse, 3, CFG)
+    assert caught.value.then == "make status"
+
+
+class NotesHalvings(Worker):
+    """Has too little memory for whole batches, and for halves."""
+
+    def __call__(self, job: Job) -> ShardEntry:
+        if job.halvings < 2:
+            raise MemoryError(f"batches were halved {job.halvings} times")
+        return super().__call__(job)
+
+
+class DiesOfBatches(Worker):
+    """The system ends it when it takes too much memory."""
+
+    def __call__(self, job: Job) -> ShardEntry:
+        if job.halvings < 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(job)
+
+
+def work(job: int, attempt: int, folder: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize("kind", [NotesHalvings, DiesOfBatches])
+def test_a_job_for_which_memory_runs_out_is_tried_with_smaller_batches(kind: type[Worker], tmp_path: Path) -> None:
+    assert carry_out(tmp_path, work, 1, CFG, partial(kind, act=work)) == [entry_of(0)]
+
+
+def kill_itself(job: int, attempt: int, folder: Path) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_the_system_ended_is_told_by_the_signal(tmp_path: Path) -> None:
+    [failed] = carry_out(tmp_path, kill_itself, 1, CFG)
+    assert isinstance(failed, FailedJob)
+    assert failed.reason == "its process was ended by SIGKILL (by the system, out of memory?)"
+
+
+# ---- the driver's end ------------------------------------------------------------------------------------------------
+
+DRIVER = """
+import os, sys, time
+from pathlib import Path
+from tests.fixtures.jobs import carry_out
+from extract.config import ExecutionConfig
+
+def sleep(job, attempt, folder):
+    (folder / f"pid-{os.getpid()}").touch()
+    time.sleep(300)
+
+if __name__ == "__main__":
+    carry_out(Path(sys.argv[1]), sleep, 4, ExecutionConfig(executor="process", workers=2, device="cpu"))
+"""
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_no_worker_outlives_a_driver_that_is_killed(tmp_path: Path) -> None:
+    script, folder = tmp_path / "driver.py", tmp_path / "folder"
+    script.write_text(DRIVER)
+    folder.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    with subprocess.Popen([sys.executable, str(script), str(folder)], cwd=PROJECT, env=environment) as driver:
+        deadline = time.monotonic() + 60
+        while len(list(folder.glob("pid-*"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        driver.kill()
+    workers = [int(path.name.removeprefix("pid-")) for path in folder.glob("pid-*")]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 10
+    while any(map(is_alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_alive, workers))
+
+
+# ---- GPUs ------------------------------------------------------------------------------------------------------------
+
+
+def note_gpus(job: int, attempt: int, folder: Path) -> None:
+    (folder / f"gpus-{os.environ.get('CUDA_VISIBLE_DEVICES')}").touch()
+    deadline = time.monotonic() + 30
+    while len(list(folder.glob("job-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7")
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize(
+    ("each", "workers", "seen"),
+    [
+        (1.0, 4, ["2", "3", "5", "7"]),
+        (0.5, 8, ["2", "3", "5", "7", "2", "3", "5", "7"]),
+        (0.33, 12, ["2", "3", "5", "7"] * 3),
+        (2.0, 2, ["2,3", "5,7"]),
+        (3.0, 1, ["2,3,5"]),
+    ],
+)
+def test_shares_of_the_gpus_that_the_driver_sees(each: float, workers: int, seen: list[str]) -> None:
+    cfg = ExecutionConfig(executor="process", gpus_per_worker=each)
+    with open_process_pool(cfg, partial(Worker, Path(), work), 100, StopRequest()) as pool:
+        assert pool.size == workers
+        assert pool._free_gpus == seen
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_a_worker_sees_its_own_gpus_only(tmp_path: Path) -> None:
+    carry_out(tmp_path, note_gpus, 2, ExecutionConfig(executor="process", gpus_per_worker=2))
+    assert {path.name for path in tmp_path.glob("gpus-*")} == {"gpus-2,3", "gpus-5,7"}
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"workers": 5}, "5 workers with 1 GPUs each are more than this machine's GPUs have room for (4)"),
+        ({"gpus_per_worker": 8.0}, "a worker needs 8 GPUs, this process sees 4"),
+    ],
+)
+def test_more_than_the_gpus_have_room_for_is_refused(changes: dict[str, object], said: str, tmp_path: Path) -> None:
+    cfg = ExecutionConfig(executor="process").model_copy(update=changes)
+    with pytest.raises(ConfigError) as caught:
+        carry_out(tmp_path, work, 9, cfg)
+    assert said in str(caught.value)
+
+
+def test_above_one_gpu_a_worker_has_a_whole_number() -> None:
+    with pytest.raises(ValueError, match="above 1 it is a whole number of GPUs"):
+        ExecutionConfig(gpus_per_worker=1.5)
