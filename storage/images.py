@@ -27,15 +27,22 @@ def open_images(location: str, cache_dir: Path | None = None) -> ImageSource:
     Raises:
         InputError: nothing there that can be used.
     """
-    place = place_of(location)
-    return _open_url(place, cache_dir) if "://" in place else _open_path(location, Path(place), cache_dir)
+    if _is_url(location):
+        return _open_url(place_of(location), cache_dir)
+    return _open_path(location, _path_of(location), cache_dir)
 
 
 def place_of(location: str) -> str:
     """The same place for every working folder: an absolute path, or a URL."""
-    if "://" in location and not location.startswith("file://"):
-        return location.rstrip("/")
-    return str(Path(location.removeprefix("file://")).expanduser().absolute())
+    return location.rstrip("/") if _is_url(location) else str(_path_of(location).absolute())
+
+
+def _is_url(location: str) -> bool:
+    return "://" in location and not location.startswith("file://")
+
+
+def _path_of(location: str) -> Path:
+    return Path(location.removeprefix("file://")).expanduser()
 
 
 def _open_path(location: str, path: Path, cache_dir: Path | None) -> ImageSource:
@@ -50,7 +57,7 @@ def _open_path(location: str, path: Path, cache_dir: Path | None) -> ImageSource
         raise InputError(
             f"{location} is a file of another kind; give a folder of class folders, tars or Parquet files of images"
         )
-    raise InputError(f"no such data: {location} (looked in {path}); give DATA=<folder of class folders>")
+    raise InputError(f"no such data: {location} (looked in {path.absolute()}); give DATA=<folder of class folders>")
 
 
 def _open_url(url: str, cache_dir: Path | None) -> ImageSource:
