@@ -25,6 +25,7 @@ measure.py     what each precision changes, and how fast it is
 batch_size.py  how many views go through it at a time
 free_memory.py how much memory there still is
 whiten.py      whitening of a batch: layer_norm, mean_std, pca, none
+encode.py      int8 on the device
 sample.py      a sample of views, to learn from
 fit.py         what whitening learns from a sample of views
 plan.py        a store's plan, before anything is extracted

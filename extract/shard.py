@@ -1,6 +1,7 @@
 """One shard of one or several stores: read, render, forward, whiten, encode, commit."""
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,11 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from extract.encode import Int8Encoder
 from extract.jobs import Job
 from extract.render import Look, RenderedView, UnusableImage, ViewRenderer
 from extract.teacher import Teacher
 from extract.timing import Meter
 from extract.whiten import Whitened, Whitener
+from storage.encodings import Int8
 from storage.errors import DecantError
 from storage.image_list import ImageList
 from storage.receipts import read_receipt
@@ -115,6 +118,8 @@ class _ShardPart:
         self.store, self.writer, self.meter = store, ShardWriter(store.root, store.plan, images, job.shard), meter
         self.batch_size = max(1, store.batch_size >> job.halvings)
         self.is_probe = job.probed is not None
+        encoding = store.plan.encoding
+        self.encoder = Int8Encoder(encoding, store.teacher.device) if isinstance(encoding, Int8) else None
         self.waiting: list[RenderedView] = []
 
     def take(self, image: list[RenderedView] | UnusableImage) -> None:
@@ -137,25 +142,27 @@ class _ShardPart:
             return self.writer.commit()
 
     def _append(self, batch: list[RenderedView]) -> None:
-        white = self._whitened(batch)
+        arrays = self._computed(batch)
         with self.meter.measure("encode"):
-            tokens_BTC, mean_BT, std_BT = white
             for number, view in enumerate(batch):
-                kept = _kept_tokens(self.store.plan, view)
-                self.writer.append(
-                    FeatureRecord(
-                        view.key, view.view_index, view.view, tokens_BTC[number][kept], mean_BT[number][kept],
-                        std_BT[number][kept], view.pictures[self.store.look].jpeg,
-                    )
+                tokens_SC, mean_S, std_S, *scale_S = (array[number] for array in arrays)
+                record = FeatureRecord(
+                    view.key, view.view_index, view.view, tokens_SC, mean_S, std_S,
+                    view.pictures[self.store.look].jpeg,
                 )  # fmt: skip
+                if scale_S:
+                    self.writer.append_encoded(record, {"tokens": tokens_SC, "token_scale": scale_S[0]})
+                else:
+                    self.writer.append(record)
 
-    def _whitened(self, batch: list[RenderedView]) -> list[NDArray[Any]]:
-        """Tokens, mean and std in the host's memory."""
+    def _computed(self, batch: list[RenderedView]) -> list[NDArray[Any]]:
+        """What is stored of a batch, in the host's memory: (B, S, C) tokens, their mean, std and, in int8, scale."""
         pixels_BHWC, keys = _stack(batch, self.store.look), [view.key for view in batch]
         if self.store.teacher.device.type != "cuda":
             with self.store.turn, self.meter.measure("forward"):
                 white = self.store.whitener(self.store.teacher(pixels_BHWC), keys)
-            return [part.numpy() for part in white]
+            with self.meter.measure("encode"):
+                return self._stored(white, batch)
         begun, ready = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         pixels_BHWC = pixels_BHWC.pin_memory()
         with self.store.turn:
@@ -164,8 +171,16 @@ class _ShardPart:
             ready.record()
         ready.synchronize()
         self.meter.add("forward", begun.elapsed_time(ready) / 1000)
-        with self.meter.measure("encode"):
-            return _to_host(white, ready)
+        with self.meter.measure("encode"), torch.cuda.stream(_copying_stream()):
+            return self._stored(white, batch)
+
+    def _stored(self, white: Whitened, batch: list[RenderedView]) -> list[NDArray[Any]]:
+        tokens_BSC, mean_BS, std_BS = _kept(white, self.store.plan, batch)
+        stored: tuple[torch.Tensor, ...] = (tokens_BSC, mean_BS, std_BS)
+        if self.encoder is not None:
+            tokens_BSC, scale_BS = self.encoder(tokens_BSC, [view.key for view in batch])
+            stored = (tokens_BSC, mean_BS, std_BS, scale_BS)
+        return [part.cpu().numpy() for part in stored]
 
 
 def _stack(batch: list[RenderedView], look: Look) -> torch.Tensor:
@@ -173,15 +188,21 @@ def _stack(batch: list[RenderedView], look: Look) -> torch.Tensor:
     return torch.from_numpy(np.stack([view.pictures[look].pixels_HWC for view in batch]))
 
 
-def _to_host(white: Whitened, ready: torch.cuda.Event) -> list[NDArray[Any]]:
-    """Copies in the host's memory, in a stream of their own, beside the next forward pass."""
-    stream = torch.cuda.Stream()
-    stream.wait_event(ready)
-    with torch.cuda.stream(stream):
-        return [part.cpu().numpy() for part in white]
+@functools.cache
+def _copying_stream() -> torch.cuda.Stream:
+    """What leaves the device, beside the next forward pass."""
+    return torch.cuda.Stream()
 
 
-def _kept_tokens(plan: StorePlan, view: RenderedView) -> NDArray[np.int64] | slice:
+def _kept(white: Whitened, plan: StorePlan, batch: list[RenderedView]) -> Whitened:
+    """The tokens that the store keeps of each view."""
     if plan.token_subset is None:
-        return slice(None)
-    return plan.token_subset.positions(view.key, view.view_index, plan.features.num_tokens)
+        return white
+    tokens, channels = plan.features.shape_TC
+    positions = [plan.token_subset.positions(view.key, view.view_index, tokens) for view in batch]
+    positions_BS = torch.from_numpy(np.stack(positions)).to(white.tokens_BTC.device)
+    return Whitened(
+        white.tokens_BTC.gather(1, positions_BS.unsqueeze(-1).expand(-1, -1, channels)),
+        white.mean_BT.gather(1, positions_BS),
+        white.std_BT.gather(1, positions_BS),
+    )
