@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from extract.jobs import ENDS_WORKERS
 from extract.timing import Meter
-from storage.errors import BadImageError
+from storage.errors import BadImageError, InputError
 from storage.image_list import ImageList
 from storage.jpeg import decode_view, encode_view
 from storage.records import ImageKey, StorePlan
@@ -118,11 +118,21 @@ def read_patiently(images: ImageList, position: int) -> NDArray[np.uint8]:
     for pause in _PAUSES_SECONDS:
         try:
             return images.read_image(position)
-        except BadImageError as error:
-            if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in _PASSING:
+        except (BadImageError, InputError) as error:
+            if not _may_pass(error):
                 raise
         time.sleep(pause * random.uniform(0.5, 1.5))
     return images.read_image(position)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether a bad moment is behind an error, however often it was told on: an image, its tar, the tar's disk."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _PASSING:
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def _picture(pixels_HWC: NDArray[np.uint8], look: Look) -> Picture:
