@@ -23,8 +23,8 @@ from storage.stage import SilentProgress
 class Watch(SilentProgress):
     shards = 0
     def advance(self, amount, **facts):
-        self.shards += 1
-        if self.shards == 4:
+        self.shards += bool(amount)
+        if amount and self.shards == 4:
             os.kill(os.getpid(), signal.SIGTERM)  # asks for a stop, unless Ray's own handler ends the process
 
 def mine(number, frame): ...
