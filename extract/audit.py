@@ -157,6 +157,7 @@ class _Worst:
     def add(self, record: FeatureRecord, expected_TC: NDArray[np.float16]) -> None:
         found_TC, wanted_TC = record.tokens_TC.astype(np.float64), expected_TC.astype(np.float64)
         error_TC = np.abs(found_TC - wanted_TC)
+        error_TC[np.isnan(error_TC)] = math.inf  # NaN would be below every limit
         # a token of nearly no length would have a large relative error whatever was stored
         lengths_T = np.maximum(np.linalg.norm(wanted_TC, axis=1), 0.1 * math.sqrt(wanted_TC.shape[1]))
         relative = float((np.linalg.norm(error_TC, axis=1) / lengths_T).max())

@@ -84,7 +84,16 @@ def shift(record: FeatureRecord) -> FeatureRecord:
     return record._replace(tokens_TC=np.roll(record.tokens_TC, 1, axis=0)) if record.view_index else record
 
 
-@pytest.mark.parametrize("spoil", [flip, shift])
+def lose(record: FeatureRecord) -> FeatureRecord:
+    """A value that compares as false with whatever limit there is."""
+    if not record.key.endswith("003.png"):
+        return record
+    tokens_TC = record.tokens_TC.copy()
+    tokens_TC[2, 3] = np.nan
+    return record._replace(tokens_TC=tokens_TC)
+
+
+@pytest.mark.parametrize("spoil", [flip, shift, lose])
 def test_a_wrong_value_anywhere_is_found(
     made: Callable[..., tuple[ExtractConfig, Path, ImageList]], monkeypatch: pytest.MonkeyPatch,
     spoil: Callable[[FeatureRecord], FeatureRecord],
@@ -95,7 +104,8 @@ def test_a_wrong_value_anywhere_is_found(
     found = audit(cfg, root, images)
     assert not found.is_good
     assert "NOT what the teacher says" in str(found)
-    assert (found.worst_record.split()[0].endswith("003.png")) == (spoil is flip)
+    assert (found.worst_record.split()[0].endswith("003.png")) == (spoil is not shift)
+    assert np.isinf(found.worst_error) == np.isinf(found.worst_relative) == (spoil is lose)
 
 
 def test_an_unfinished_store_and_one_with_holes_can_be_audited(
