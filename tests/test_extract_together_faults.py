@@ -4,7 +4,6 @@ import functools
 import itertools
 import os
 import signal
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -240,7 +239,7 @@ def test_unusable_images_are_holes_in_every_store(
     assert read_all(tree_bytes, tmp_path / "together", names) == read_all(tree_bytes, tmp_path / "alone", names)
 
 
-# ---- on Ray ----------------------------------------------------------------------------------------------------------
+# ---- processes -------------------------------------------------------------------------------------------------------
 
 
 class DyingWorker(Worker):
@@ -264,26 +263,19 @@ class DyingWorker(Worker):
             ShardWriter.commit = commit  # type: ignore[method-assign]
 
 
-@pytest.mark.ray
-def test_ray_workers_that_die_between_two_stores_make_the_same_bytes(
+def test_workers_that_die_between_two_stores_make_the_same_bytes(
     alone: tuple[Path, Files], tree_bytes: TreeBytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ray
-
     data, files = alone
     names = ["plain", "tars"]
-    on_ray = {"executor": "ray", "workers": 2}
+    apart = {"executor": "process", "workers": 2}
     stores = [
-        (cfg.model_copy(update={"run": cfg.run.model_copy(update=on_ray)}), root)
-        for cfg, root in targets(tmp_path / "ray", names)
+        (cfg.model_copy(update={"run": cfg.run.model_copy(update=apart)}), root)
+        for cfg, root in targets(tmp_path / "apart", names)
     ]
     monkeypatch.setattr("extract.sharing.Worker", DyingWorker)
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    try:
-        outcomes = run_together(stores, {"data": data})
-    finally:
-        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-    committed, died = receipt_path(tmp_path / "ray" / "plain", 2), tmp_path / "ray" / "died"
+    outcomes = run_together(stores, {"data": data})
+    committed, died = receipt_path(tmp_path / "apart" / "plain", 2), tmp_path / "apart" / "died"
     assert committed.stat().st_mtime_ns <= died.stat().st_mtime_ns, "the next attempt makes the other store's alone"
     assert [isinstance(metrics, dict) for metrics in outcomes] == [True, True]
-    assert read_all(tree_bytes, tmp_path / "ray", names) == {name: files[name] for name in names}
+    assert read_all(tree_bytes, tmp_path / "apart", names) == {name: files[name] for name in names}
