@@ -34,7 +34,7 @@ def fit_whitening(whitening: MeanStd | Pca, sample: Iterable[SampleBatch]) -> Fi
     """
     moments, num_views = None, 0
     for tokens_BTC, keys in sample:
-        refuse_rows(~torch.isfinite(tokens_BTC), keys, NOT_FINITE)
+        refuse_rows(~torch.isfinite(tokens_BTC), keys, NOT_FINITE, tokens_BTC)
         if moments is None:
             moments = Moments(tokens_BTC.shape[-1], tokens_BTC.device, with_covariance=isinstance(whitening, Pca))
         moments.add(tokens_BTC.flatten(0, 1))

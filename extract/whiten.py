@@ -31,7 +31,8 @@ class Whitener:
     ) -> None:
         if not whitening.is_fitted:
             raise AssertionError(f"{whitening.kind} has not been fitted")
-        self.whitening = whitening
+        self.whitening, self.of = whitening, ""
+        """Whose tokens these are, for errors."""
         self._statistics = torch.tensor(statistics, device=device)
 
     @classmethod
@@ -42,7 +43,10 @@ class Whitener:
             DamagedError: its statistics are not what the plan names.
         """
         statistics = load_statistics(LocalFiles(root), plan.whitening, plan.features.channels)
-        return cls(plan.whitening, statistics, device)
+        whitener = cls(plan.whitening, statistics, device)
+        block = "" if plan.teacher.get("block") is None else f", block {plan.teacher['block']}"
+        whitener.of = f" of teacher {plan.features.teacher!r} (extract.tap={plan.teacher.get('tap')}{block})"
+        return whitener
 
     def __call__(self, tokens_BTC: Tensor, keys: Sequence[str]) -> Whitened:
         """Whiten a batch, in float32. Views do not touch each other: their results do not depend on the batch.
@@ -57,11 +61,12 @@ class Whitener:
         """
         raw_BTC = tokens_BTC.float()
         if isinstance(self.whitening, LayerNorm):
-            return _by_token(raw_BTC, self.whitening.eps, keys)
-        refuse_rows(~torch.isfinite(raw_BTC), keys, NOT_FINITE)
+            return _by_token(raw_BTC, self.whitening.eps, keys, self.of)
+        refuse_rows(~torch.isfinite(raw_BTC), keys, NOT_FINITE, raw_BTC, self.of)
         white_BTC = self._transform(raw_BTC)
         tokens_fp16_BTC = white_BTC.half()
-        refuse_rows(~torch.isfinite(tokens_fp16_BTC), keys, f"beyond float16 as {self.whitening.kind} leaves them")
+        what = f"values beyond float16 as {self.whitening.kind} leaves them"
+        refuse_rows(~torch.isfinite(tokens_fp16_BTC), keys, what, white_BTC, self.of)
         mean_BT = raw_BTC.new_zeros(raw_BTC.shape[:2])
         return Whitened(tokens_fp16_BTC, mean_BT, torch.ones_like(mean_BT))
 
@@ -80,30 +85,35 @@ class Whitener:
 NOT_FINITE = "NaN, infinity or a value beyond float32"
 
 
-def _by_token(raw_BTC: Tensor, eps: float, keys: Sequence[str]) -> Whitened:
+def _by_token(raw_BTC: Tensor, eps: float, keys: Sequence[str], of: str) -> Whitened:
     """Standardise every token over its channels. Never above sqrt(channels), so float16 holds it."""
     variance_BT1, mean_BT1 = torch.var_mean(raw_BTC, dim=-1, correction=0, keepdim=True)
     std_BT1 = (variance_BT1 + eps).sqrt()
     # one such value among the channels is enough for that
-    refuse_rows(~torch.isfinite(std_BT1), keys, NOT_FINITE)
+    refuse_rows(~torch.isfinite(std_BT1), keys, NOT_FINITE, raw_BTC, of)
     return Whitened(((raw_BTC - mean_BT1) / std_BT1).half(), mean_BT1[..., 0], std_BT1[..., 0])
 
 
-def refuse_rows(is_bad: Tensor, keys: Sequence[str], what: str) -> None:
+def refuse_rows(is_bad: Tensor, keys: Sequence[str], what: str, values: Tensor, of: str = "") -> None:
     """Refuse a batch in which anything is wrong.
 
     Args:
         is_bad: (B, ...).
+        values: (B, T, C), of which the largest is said.
+        of: the teacher.
 
     Raises:
         InputError: names the images.
     """
     if not is_bad.any():
         return
-    bad = sorted({keys[row] for row in is_bad.flatten(1).any(1).nonzero().flatten().tolist()})
-    remedy = "look at these images, and at the teacher's weights and precision"
+    rows = is_bad.flatten(1).any(1).nonzero().flatten()
+    bad = sorted({keys[row] for row in rows.tolist()})
+    largest = float(values[rows].abs().max())  # NaN, where there is one
+    remedy = f"look at these images, and at the weights and precision{of}"
     if what != NOT_FINITE:
         remedy = "whiten each token by itself (WHITENING=layer_norm), which any magnitude survives"
     raise InputError(
-        f"the teacher gave {what} for {len(bad)} of {len(set(keys))} images of a batch ({', '.join(bad[:5])}); {remedy}"
+        f"the teacher gave {what} for {len(bad)} of {len(set(keys))} images of a batch ({', '.join(bad[:5])}); "
+        f"{remedy}; the largest value is {largest:.4g}"
     )

@@ -128,6 +128,7 @@ def test_a_teacher_that_gives_nan_is_stopped_with_the_image(
 
     monkeypatch.setattr("extract.backends.Teacher.__call__", speak)
     key = load_index(data).split("train").keys[2]  # batches of 4 views in shards of 6: it is alone in the second one
-    with pytest.raises(DecantError, match=f"NaN, infinity .* 1 of 1 images of a batch \\({key}\\)"):
+    who = r"; look at .* precision of teacher 'toy' \(extract.tap=final_norm, block -1\); the largest value is nan"
+    with pytest.raises(DecantError, match=f"NaN, infinity .* 1 of 1 images of a batch \\({key}\\){who}"):
         run(CFG, {"data": data}, tmp_path / "store")
     assert not committed_shards(tmp_path / "store", load_plan(tmp_path / "store"))
