@@ -1,4 +1,4 @@
-"""Workers that take several jobs at a time, as those on a GPU do: in this process and on Ray."""
+"""Workers that take several jobs at a time, as those on a GPU do: in this process and in others."""
 
 import os
 import time
@@ -11,7 +11,7 @@ from extract.config import ExecutionConfig
 from extract.jobs import FailedJob, Job
 from storage.records import ShardEntry
 from storage.stage import Interrupted, StopRequest
-from tests.fixtures.jobs import Worker, attempts, carry_out, entry_of, fail_sometimes, on_ray
+from tests.fixtures.jobs import Worker, attempts, carry_out, entry_of, fail_sometimes
 
 
 class Parallel(Worker):
@@ -58,7 +58,7 @@ def test_a_stop_ends_jobs_side_by_side(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("done-*"))) == len(attempts(tmp_path)), "what was begun is finished"
 
 
-# ---- Ray -------------------------------------------------------------------------------------------------------------
+# ---- those with processes --------------------------------------------------------------------------------------------
 
 
 def kill_side_by_side(job: int, attempt: int, folder: Path) -> None:
@@ -68,14 +68,18 @@ def kill_side_by_side(job: int, attempt: int, folder: Path) -> None:
     if job == 2:
         time.sleep(0.3)
         os._exit(139)
-    if job < 2:
+    if job < 2 and attempt == 1:
         time.sleep(1.5)
 
 
-@on_ray
-def test_of_jobs_side_by_side_on_a_gpu_only_the_one_that_kills_is_given_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize("executor", ["process", pytest.param("ray", marks=pytest.mark.ray)])
+def test_of_jobs_side_by_side_on_a_gpu_only_the_one_that_kills_is_given_up(
+    executor: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     """Even with a single attempt: those that were there are tried again one by one."""
-    cfg = ExecutionConfig(executor="ray", max_attempts=1)
+    if executor == "ray":
+        request.getfixturevalue("ray_session")  # believes in one GPU
+    cfg = ExecutionConfig.model_validate({"executor": executor, "max_attempts": 1, "workers": 1})
     outcomes = carry_out(tmp_path, kill_side_by_side, 6, cfg, partial(Parallel, act=kill_side_by_side))
     assert [outcome.job.shard for outcome in outcomes if isinstance(outcome, FailedJob)] == [2]
     entries = [outcome for outcome in outcomes if isinstance(outcome, ShardEntry)]
