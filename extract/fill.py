@@ -9,7 +9,7 @@ from extract.isolate import find_culprit
 from extract.jobs import Claims, FailedJob, Job, MakeWork, Pool
 from extract.pools import open_pool
 from extract.timing import StageSeconds
-from extract.watch import Watch
+from extract.watch import DONE_AGAIN, Watch
 from extract.worker import Extracted
 from storage.records import ShardEntry
 from storage.stage import StopRequest
@@ -65,6 +65,8 @@ class _Filler:
             if isinstance(outcome, FailedJob):
                 yield outcome
             else:
+                if outcome.num_done_again:
+                    self.watch.note(DONE_AGAIN, shard=outcome.entries[0].index, views=outcome.num_done_again)
                 self._take_up(outcome.entries[0].index, outcome.entries, outcome.seconds, is_ours=outcome.is_ours)
 
     def settle(self, failed: FailedJob) -> bool:

@@ -25,10 +25,11 @@ def summary_lines(summary: Mapping[str, Any], bad: Mapping[str, str], log: str) 
     mishaps = [
         f"{summary[name]:,} {what}"
         for name, what in (
+            ("done_again", "views were beyond the teacher's precision and done again in float32"),
             ("retries", "attempts failed and were repeated or given up"),
             ("workers_lost", "workers were lost and replaced"),
         )
-        if summary[name]
+        if summary.get(name)
     ]
     if mishaps:
         yield "; ".join(mishaps) + f"; see {log}"

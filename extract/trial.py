@@ -90,11 +90,11 @@ class TrialWorker(Worker):
     """A worker that also says how much memory it takes."""
 
     def __call__(self, job: Job) -> Tried:  # type: ignore[override]
-        entries, seconds, _ = super().__call__(job)
+        extracted = super().__call__(job)
         has_gpu = self.stores[0].teacher.device.type == "cuda"
         return Tried(
-            entries,
-            seconds,
+            extracted.entries,
+            extracted.seconds,
             tuple(store.batch_size for store in self.stores),
             max(map(torch.cuda.max_memory_reserved, range(torch.cuda.device_count())), default=0) if has_gpu else 0,
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

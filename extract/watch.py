@@ -17,6 +17,8 @@ from storage.pace import Pace
 from storage.records import ShardEntry
 from storage.stage import Interrupted, Progress
 
+DONE_AGAIN = "done again in float32"
+"""The note of a shard with views that a lower precision could not hold."""
 BEAT_SECONDS = 5.0
 """Between two signs of life in the log."""
 
@@ -100,6 +102,8 @@ class Watch:
                 self.worker_seconds += time.monotonic() - self.workers.pop(worker)
             if kind == "worker died":
                 self.progress.say(f"worker {worker} is lost ({facts.get('reason')}); another one takes its place")
+            elif kind == DONE_AGAIN:
+                self.made["done again"] += int(str(facts["views"]))
             elif kind == "job failed":
                 self.progress.say(f"shard {facts.get('shard')}, attempt {facts.get('attempt')}: {facts.get('reason')}")
             elif kind == "stopping":
@@ -174,6 +178,7 @@ class Watch:
             "images_per_second": round(self.made["images"] / wall, 2) if wall > 0 else None,
             "busy_share": round(self.seconds.forward / worker_seconds, 4) if worker_seconds else None,
             "stage_seconds": {part: round(seconds, 3) for part, seconds in _parts(self.seconds)},
+            "done_again": self.made["done again"],
             "retries": self.counts["job failed"],
             "workers_lost": self.counts["worker died"],
             "workers_recycled": self.counts["worker recycled"],

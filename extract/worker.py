@@ -36,6 +36,8 @@ class Extracted(NamedTuple):
     seconds: StageSeconds = StageSeconds()
     is_ours: bool = True
     """False where the shards were found committed: by another driver, or by a worker that could not say so."""
+    num_done_again: int = 0
+    """Views that went beyond the teacher's precision since the last job, and were done again in float32."""
 
 
 class Worker:
@@ -81,7 +83,9 @@ class Worker:
             job if self.may_shrink else job._replace(halvings=0), stores=self.stores, images=self.images,
             render_threads=self.render_threads, meter=meter, check_stop=self.check_stop,
         )  # fmt: skip
-        return Extracted(entries, meter.seconds)
+        return Extracted(
+            entries, meter.seconds, num_done_again=sum(s.teacher.take_num_done_again() for s in self.stores)
+        )
 
 
 def load_store_teacher(cfg: ExtractConfig, plan: StorePlan) -> Teacher:

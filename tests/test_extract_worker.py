@@ -15,18 +15,23 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from extract import worker as working
+from extract.built import Forward
 from extract.config import ExecutionConfig, ExtractConfig
+from extract.events import events_path, read_tail
 from extract.filling import Filling
 from extract.jobs import ENDS_WORKERS, Job
 from extract.plan import build_plan
 from extract.render import read_patiently
+from extract.run import run
 from extract.spec import TeacherSpec
 from extract.teacher import Teacher
+from extract.watch import DONE_AGAIN
 from extract.worker import Worker
 from storage import data_files, image_folder
 from storage.errors import BadImageError
 from storage.image_index import build_index, load_index
 from storage.records import BadImage
+from storage.stage import SilentProgress
 
 RUN = ExecutionConfig(executor="inline", batch_size=4, device="cpu")
 CFG = ExtractConfig(teacher="toy", views=2, records_per_shard=12, run=RUN)
@@ -264,6 +269,7 @@ def test_views_beyond_float16_are_done_again_each_by_itself() -> None:
     tokens_BTC = teacher(pixels_BHWC)
     assert torch.isfinite(tokens_BTC).all()
     assert teacher.num_done_again == 2
+    assert (teacher.take_num_done_again(), teacher.take_num_done_again()) == (2, 0)
     exact_BTC = teacher.in_float32(pixels_BHWC)
     for row in range(4):
         assert torch.equal(tokens_BTC[row], teacher(pixels_BHWC[row : row + 1])[0]), "whatever its neighbours are"
@@ -277,3 +283,34 @@ def test_what_float32_cannot_hold_either_stays_for_whitening_to_refuse() -> None
     pixels_BHWC[1] = 0
     tokens_BTC = teacher(pixels_BHWC)
     assert torch.isfinite(tokens_BTC[0]).all() and torch.isnan(tokens_BTC[1]).all()
+
+
+def test_an_extraction_says_how_many_views_were_done_again(
+    make_index: Callable[..., tuple[Path, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if float16 had no room for the first view of each batch."""
+    data, _ = make_index()
+    cfg = CFG.model_copy(update={"precision": "float16"})
+    compute = Teacher._in_parts
+
+    def overflow(teacher: Teacher, pixels_BHWC: Tensor, forward: Forward, precision: str) -> Tensor:
+        tokens_BTC = compute(teacher, pixels_BHWC, forward, precision)
+        if precision == "float16":
+            tokens_BTC[0, 3, 5] = torch.inf
+        return tokens_BTC
+
+    monkeypatch.setattr(Teacher, "_in_parts", overflow)
+    said = Listener()
+    metrics = run(cfg, {"data": data}, tmp_path / "store", said)
+    assert metrics["run"]["done_again"] == 8, "batches of 4 views in shards of 12, 12 and 8"
+    assert any(line.startswith("8 views were beyond the teacher's precision") for line in said.lines)
+    again = [event.facts for event in read_tail(events_path(tmp_path / "store")) if event.kind == DONE_AGAIN]
+    assert again == [{"shard": 0, "views": 3}, {"shard": 1, "views": 3}, {"shard": 2, "views": 2}]
+
+
+class Listener(SilentProgress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
