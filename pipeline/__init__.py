@@ -16,6 +16,7 @@ tables.py      results to a table on the screen
 pictures.py    curves and token pictures for the report
 report.py      the report stage: one self-contained HTML page
 screen.py      what a command shows: the plan, the table
+estimate.py    how long an extraction would take: a trial of it
 store_status.py  how far the stores are that are being filled
 repair.py      which shards of a store are damaged, and how they are made again
 store_commands.py  verify, repair, convert, upload, join

@@ -13,7 +13,8 @@ from rich.console import Console
 from pipeline import provenance
 from pipeline.config import PipelineConfig
 from pipeline.demo_data import prepare_solar_cells
-from pipeline.options import WORK, stage_options
+from pipeline.estimate import show_estimate
+from pipeline.options import TRIAL, WORK, stage_options
 from pipeline.planning import Plan, make_plan
 from pipeline.precision_table import show_precisions
 from pipeline.presets import PRESETS
@@ -93,12 +94,15 @@ def demo(work: Path, force: bool, join: bool, retry_failed: bool, **options: Any
     run_stages(config, workspace, ALL, ALL if force else (), join=join, retry_failed=retry_failed)
 
 
-@cli.command(help="What a run would do, and why; nothing is run.")
+@cli.command(help="What a run would do, why, and how long its extraction would take; nothing is run but a trial of it.")
 @stage_options
-def plan(work: Path, force: bool, join: bool, retry_failed: bool, **options: Any) -> None:
+@TRIAL
+def plan(work: Path, force: bool, join: bool, retry_failed: bool, trial: float, **options: Any) -> None:
     workspace = open_workspace(work)
     config = resolve_config(workspace, command="plan", **options)
-    show_plan(_make_plan(config, workspace, ALL, ALL if force else ()), ALL)
+    found = _make_plan(config, workspace, ALL, ALL if force else ())
+    show_plan(found, ALL)
+    show_estimate(found, trial, console)
 
 
 @cli.command(help="How far each precision of a teacher is from float32, and how fast it is; nothing is stored.")

@@ -36,6 +36,11 @@ RETRY_FAILED = click.option(
     "--retry-failed", is_flag=True, help="Extract shards again that earlier commands gave up; others are kept."
 )
 
+TRIAL = click.option(
+    "--trial", type=click.FloatRange(min=0), default=20.0, show_default=True, metavar="SECONDS",
+    help="How long the extraction is tried, to tell how long it would take; 0 for not at all.",
+)  # fmt: skip
+
 _OF_STAGES = (
     click.option("--preset", help=f"Settings to start from: {', '.join(PRESETS)}."),
     click.option(

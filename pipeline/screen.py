@@ -54,7 +54,8 @@ def _teacher(store: StagePlan) -> str:
 def _show_sizes(plan: Plan, images: int) -> None:
     """What the stores that are not there need, and what is free."""
     stores = [item for item in plan.stores() if item.action != "skip"]
-    free = f"{shutil.disk_usage(nearest_existing(plan.workspace.root)).free / 1e9:,.0f} GB are free"
+    free_bytes = shutil.disk_usage(nearest_existing(plan.workspace.root)).free
+    free = f"{free_bytes / 1e9:,.0f} GB are free"
     total, costs = 0, []
     for item in stores:
         cfg = item.settings
@@ -76,6 +77,11 @@ def _show_sizes(plan: Plan, images: int) -> None:
             )
     if len(stores) > 1:
         console.print(f"stores together: {total / 1e9:,.2f} GB; {free}; the images are read once for all of them")
+    if total > free_bytes:
+        console.print(
+            "this does not fit: choose another --work, fewer VIEWS, ENCODING=int8 or a smaller teacher",
+            style="bold red",
+        )
     for cost in costs:
         console.print(cost)
 
