@@ -197,3 +197,21 @@ def test_more_than_the_gpus_have_room_for_is_refused(changes: dict[str, object],
 def test_above_one_gpu_a_worker_has_a_whole_number() -> None:
     with pytest.raises(ValueError, match="above 1 it is a whole number of GPUs"):
         ExecutionConfig(gpus_per_worker=1.5)
+
+
+LOAD = """
+import torch
+
+def refuse(*args):
+    raise AssertionError("CUDA was asked for")
+
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda._lazy_init = torch._C._cuda_getDeviceCount = refuse
+from extract.process_pool import _SERVER_KNOWS
+for name in _SERVER_KNOWS:
+    __import__(name)
+"""
+
+
+def test_what_workers_are_forked_from_has_not_looked_for_gpus() -> None:
+    """CUDA does not survive a fork, and a worker is yet to be told which GPUs are its own."""
+    subprocess.run([sys.executable, "-c", LOAD], cwd=PROJECT, check=True, timeout=60)
