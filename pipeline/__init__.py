@@ -18,6 +18,7 @@ report.py      the report stage: one self-contained HTML page
 screen.py      what a command shows: the plan, the table
 estimate.py    how long an extraction would take: a trial of it
 store_status.py  how far the stores are that are being filled
+audit.py       random records of stores, made again by their teachers
 repair.py      which shards of a store are damaged, and how they are made again
 store_commands.py  verify, repair, convert, upload, join
 options.py     the words of the command line

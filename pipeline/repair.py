@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from extract.config import ExtractConfig
+from extract.extraction import names_code
 from extract.resolve import resolve_teacher
 from extract.weights import WeightsSource, weights_identity
 from pipeline.config import PipelineConfig
@@ -73,7 +74,7 @@ def repair_store(workspace: Workspace, root: Path, health: Health, progress: Pro
         DamagedError: some damage is still there.
     """
     plan = find_plan(root)
-    cfg, data_path = _settings_of(workspace, root, plan), _find_images(workspace, root, plan)
+    cfg, data_path = settings_of(workspace, root, plan), find_images(workspace, root, plan)
     if plan is not None and (plan.backend, plan.encoding.kind, plan.token_subset) != (
         cfg.layout, cfg.encoding.kind, cfg.token_subset
     ):  # fmt: skip
@@ -113,7 +114,7 @@ def _same_whitening(workspace: Workspace, root: Path, cfg: ExtractConfig, plan: 
     return {}
 
 
-def _settings_of(workspace: Workspace, root: Path, plan: StorePlan | None) -> ExtractConfig:
+def settings_of(workspace: Workspace, root: Path, plan: StorePlan | None) -> ExtractConfig:
     """The settings that a store was extracted with; how to work comes from the last command.
 
     Raises:
@@ -125,6 +126,7 @@ def _settings_of(workspace: Workspace, root: Path, plan: StorePlan | None) -> Ex
     result = read_result(root)
     if result is not None:
         cfg = ExtractConfig.checked(result.config, f"{root}/result.json")
+        _refuse_code(workspace, root, cfg.teacher, [variant.extract.teacher for variant in variants])
         weights = _find_weights(root, cfg, result, [variant.extract.weights for variant in variants])
         cfg = cfg.model_copy(update={"weights": weights})
     else:
@@ -142,6 +144,20 @@ def _settings_of(workspace: Workspace, root: Path, plan: StorePlan | None) -> Ex
     if plan is not None and "precision" in plan.teacher:
         changes["precision"] = plan.teacher["precision"]
     return cfg.model_copy(update=changes)
+
+
+def _refuse_code(workspace: Workspace, root: Path, teacher: str, named: Iterable[str]) -> None:
+    """A store may come from anybody; a Python file that it names is not run unless the user has named it.
+
+    Raises:
+        ConfigError: says which file.
+    """
+    is_ours = root.resolve() in [path.resolve() for path in workspace.stores()]
+    if names_code(teacher) and not is_ours and teacher not in named:
+        raise ConfigError(
+            f"the teacher of {root} is made by the Python file {teacher}, which would be run; look at it, and give a "
+            "command with TEACHER=<file> here first, if that is to be"
+        )
 
 
 def _is_made_with(cfg: ExtractConfig, plan: StorePlan) -> bool:
@@ -175,7 +191,7 @@ def _find_weights(
     )
 
 
-def _find_images(workspace: Workspace, root: Path, plan: StorePlan | None) -> Path:
+def find_images(workspace: Workspace, root: Path, plan: StorePlan | None) -> Path:
     """The index file of the images that a store was made from."""
     for path in _indexes(workspace):
         index = load_index(path)

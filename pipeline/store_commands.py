@@ -11,6 +11,7 @@ import click
 
 from extract.config import ExecutionConfig
 from pipeline import provenance
+from pipeline.audit import audit_stores
 from pipeline.options import ENCODING, EXECUTOR, LAYOUT, RAY_ADDRESS, READ_DATA, WORK
 from pipeline.progress import show_progress
 from pipeline.repair import Health, examine_store, repair_store
@@ -146,6 +147,28 @@ def upload(source: Path, url: str) -> None:
     console.print(f"{url} holds the store; train from it with STORE={url}")
 
 
+@click.command(
+    help="Make random records of stores again, of the work folder or named ones, and compare; changes nothing."
+)
+@click.argument("stores", nargs=-1)
+@click.option(
+    "--n", "records", type=click.IntRange(min=1), default=64, show_default=True, help="Records of each store."
+)
+@click.option("--seed", type=int, help="Which records; by default others each time.")
+@WORK
+def audit(stores: tuple[str, ...], records: int, seed: int | None, work: Path) -> None:
+    workspace = open_workspace(work)
+    places = [_local(place, "audit the folder that it was uploaded from") for place in _locations(work, stores)]
+    if not places:
+        console.print(f"no store in {work}")
+        return
+    with show_progress("audit", console) as progress:
+        audit_stores(
+            workspace, places, num_records=records, seed=time.time_ns() % 2**32 if seed is None else seed,
+            progress=progress,
+        )  # fmt: skip
+
+
 @click.command(help="Help to fill a store that another command is filling, from the path of its folder alone.")
 @click.argument("store")
 @click.option("--teacher", metavar="FILE.py", help="Where a Python file makes the store's teacher: run that file.")
@@ -160,4 +183,4 @@ def join(store: str, teacher: str | None, executor: str | None, ray_address: str
     console.print(f"{root} is finished; {did.get('shards', 0):,} shards of it were made here", soft_wrap=True)
 
 
-COMMANDS = (verify, repair, convert, upload, join)
+COMMANDS = (verify, repair, audit, convert, upload, join)
