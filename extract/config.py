@@ -39,7 +39,8 @@ class ExecutionConfig(Schema):
     max_attempts: int = Field(default=3, ge=1)
     """Times that a shard is tried before it is given up."""
     job_seconds: float = Field(default=0.0, ge=0)
-    """A shard that takes longer is taken for hung, and its worker ended; 0: ten minutes, or five times the slowest."""
+    """A shard that takes longer is taken for hung, and its worker ended; 0: ten minutes, or five times what the slowest
+    take, and an hour while that is not known."""
     recycle_after: int = Field(default=1000, ge=0)
     """Shards after which a worker's process is replaced by a new one, so that leaks stay small; 0 for never."""
 

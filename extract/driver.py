@@ -45,28 +45,31 @@ _MOST_DEATHS = 20
 def drive(
     pool: Pool, jobs: Iterable[Job], cfg: ExecutionConfig, *,
     find_committed: Callable[[Job], Result | FailedJob | None], stop: StopRequest, claims: Claims | None = None,
-    note: Note = ignore,
+    deadlines: Deadlines | None = None, note: Note = ignore,
 ) -> Iterator[Result | FailedJob]:  # fmt: skip
     """Carry out jobs, in any order, and yield each one's result or why it was given up.
 
     Args:
         find_committed: the result of a job that did finish although its worker could not say so, or that another driver
             has done; or why another driver has given it up.
+        deadlines: that know already how long jobs take.
 
     Raises:
         Interrupted: a stop was asked for; what was under way had `GRACE_SECONDS` to end.
         DecantError: an error that another attempt cannot mend, or no worker stays alive.
     """
-    yield from _Drive(pool, deque(jobs), cfg, find_committed, stop, claims or OnlyDriver(), note).outcomes()
+    deadlines = deadlines or Deadlines(cfg.job_seconds)
+    yield from _Drive(pool, deque(jobs), cfg, find_committed, stop, claims or OnlyDriver(), deadlines, note).outcomes()
 
 
 class _Drive(Generic[Result]):
     def __init__(
         self, pool: Pool, queue: deque[Job], cfg: ExecutionConfig,
-        find_committed: Callable[[Job], Result | FailedJob | None], stop: StopRequest, claims: Claims, note: Note,
+        find_committed: Callable[[Job], Result | FailedJob | None], stop: StopRequest, claims: Claims,
+        deadlines: Deadlines, note: Note,
     ) -> None:  # fmt: skip
         self.pool, self.queue, self.cfg, self.stop, self.claims, self.note = pool, queue, cfg, stop, claims, note
-        self.find_committed = find_committed
+        self.find_committed, self.deadlines = find_committed, deadlines
         self.workers: dict[int, WorkerState] = {}
         self.attempts: Counter[int] = Counter()
         self.suspects: set[int] = set()
@@ -75,7 +78,6 @@ class _Drive(Generic[Result]):
         self.elsewhere: list[Job] = []
         """At work with another driver."""
         self.deaths_in_a_row = self.failed_starts_in_a_row = 0
-        self.deadlines = Deadlines(cfg.job_seconds)
 
     def outcomes(self) -> Iterator[Result | FailedJob]:
         if not self.queue:

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterable, Sequence
 
+from extract.deadlines import Deadlines
 from extract.driver import drive
 from extract.filling import Filling, find_settled
 from extract.isolate import find_culprit
@@ -54,13 +55,14 @@ class _Filler:
     ) -> None:
         self.stores, self.pool, self.watch, self.stop, self.claims = stores, pool, watch, stop, claims
         self.plan, self.run = stores[0].plan, stores[0].cfg.run
+        self.deadlines = Deadlines(self.run.job_seconds)
 
     def carry_out(self, jobs: Iterable[Job]) -> Iterable[FailedJob]:
         """Have jobs done, and take up what was committed; yields those that failed."""
         find_committed = functools.partial(find_settled, [(store.root, store.plan) for store in self.stores])
         for outcome in drive(
             self.pool, jobs, self.run, find_committed=find_committed, stop=self.stop, claims=self.claims,
-            note=self.watch.note,
+            deadlines=self.deadlines, note=self.watch.note,
         ):  # fmt: skip
             if isinstance(outcome, FailedJob):
                 yield outcome
@@ -110,7 +112,9 @@ class _Filler:
 
     def _survives(self, probe: Job) -> bool:
         once = self.run.model_copy(update={"max_attempts": 1})
-        outcomes = drive(self.pool, [probe], once, find_committed=lambda job: None, stop=self.stop)
+        outcomes = drive(
+            self.pool, [probe], once, find_committed=lambda job: None, stop=self.stop, deadlines=self.deadlines
+        )
         return not any(isinstance(outcome, FailedJob) and outcome.is_deadly for outcome in outcomes)
 
     def _take_up(
