@@ -8,8 +8,8 @@ import contextlib
 import functools
 import random
 import resource
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,6 +32,7 @@ from storage.atomic import write_file
 from storage.errors import InputError
 from storage.folder import encode_metadata
 from storage.image_list import ImageList
+from storage.lock import hold_lock, is_held
 from storage.receipts import receipt_path
 from storage.records import ShardEntry
 from storage.stage import StopRequest
@@ -41,6 +42,7 @@ _MOST_SHARDS = 2000
 """More than any machines make in a trial."""
 _CPU_RECORDS = 16
 """Of a shard on a CPU, where a whole one may take minutes; on a GPU shards are as large as they will be."""
+_PREFIX = ".trial-"
 _SAMPLE_VIEWS = 16
 """That are learnt from: what is learnt changes no arithmetic."""
 
@@ -212,13 +214,16 @@ def _remove_shard(root: Path, entry: ShardEntry) -> None:
 
 @contextlib.contextmanager
 def _private_folders(roots: Sequence[Path]) -> Iterator[list[Path]]:
-    """A folder for each store, on its disk but not in it; removed with all that is in them."""
+    """A folder for each store, on its disk but not in it; removed with all that is in them. So is what a trial has left
+    that was killed: its lock is free."""
     made: list[Path] = []
-    try:
+    with contextlib.ExitStack() as held:
         for root in roots:
             place = next(folder for folder in root.absolute().parents if folder.is_dir())
-            made.append(Path(tempfile.mkdtemp(prefix=".trial-", dir=place)))
-        yield made
-    finally:
-        for folder in made:
-            shutil.rmtree(folder, ignore_errors=True)
+            for left in set(place.glob(f"{_PREFIX}*")) - set(made):
+                if not is_held(left):
+                    shutil.rmtree(left, ignore_errors=True)
+            made.append(place / f"{_PREFIX}{secrets.token_hex(4)}")
+            held.callback(shutil.rmtree, made[-1], ignore_errors=True)
+            held.enter_context(hold_lock(made[-1]))
+        yield [folder / "store" for folder in made]  # one level down, where nobody takes it for a store

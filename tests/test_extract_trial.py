@@ -134,6 +134,16 @@ def test_a_stop_ends_it_and_leaves_nothing(images: ImageList, tmp_path: Path) ->
     assert not list(tmp_path.rglob(".trial-*"))
 
 
+def test_what_a_killed_trial_left_is_removed_and_another_one_at_work_is_not(images: ImageList, tmp_path: Path) -> None:
+    for name in (".trial-killed", ".trial-at-work"):
+        (tmp_path / name / "store").mkdir(parents=True)
+        (tmp_path / name / "store" / "plan.json").touch()
+    with hold_lock(tmp_path / ".trial-at-work"):
+        run_trial([Target(CFG, tmp_path / "store")], images, seconds=60)
+        assert [path.name for path in tmp_path.glob(".trial-*")] == [".trial-at-work"]
+        assert (tmp_path / ".trial-at-work" / "store" / "plan.json").exists()
+
+
 def test_no_images_cannot_be_tried(tmp_path: Path, image_list: Callable[[int], ImageList]) -> None:
     with pytest.raises(InputError, match="no image"):
         run_trial([Target(CFG, tmp_path / "store")], image_list(0))
