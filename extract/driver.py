@@ -28,7 +28,7 @@ from extract.jobs import (
     reason_of,
 )  # fmt: skip
 from extract.worker_state import Held, WorkerState
-from storage.errors import DecantError
+from storage.errors import BadTokensError, DecantError
 from storage.stage import Interrupted, StopRequest
 
 JOBS_IN_FLIGHT = 2
@@ -182,6 +182,8 @@ class _Drive(Generic[Result]):
                 worker.let_go(job)
                 self.deaths_in_a_row = 0
                 _raise_if_final(event.error)
+                if isinstance(event.error, BadTokensError):
+                    self.attempts[job.shard] = self.cfg.max_attempts - 1  # another attempt would give the same
                 if _is_memory(event.error):
                     job = job._replace(halvings=job.halvings + 1)
                 yield from self._retry(job, reason_of(event.error), is_deadly=False)
@@ -286,8 +288,8 @@ class _Drive(Generic[Result]):
 
 
 def _raise_if_final(error: BaseException) -> None:
-    """What another attempt cannot mend."""
-    if isinstance(error, DecantError | Interrupted):
+    """What neither another attempt nor another shard can mend."""
+    if isinstance(error, DecantError | Interrupted) and not isinstance(error, BadTokensError):
         raise error from None
 
 

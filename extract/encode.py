@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from storage.encodings import FP16_MAX, Int8
-from storage.errors import DecantError
+from storage.errors import BadTokensError
 
 
 class EncodedInt8(NamedTuple):
@@ -36,7 +36,7 @@ class Int8Encoder:
             keys: the image of each row, for the error.
 
         Raises:
-            DecantError: a token is not finite, or too large for the channel scales.
+            BadTokensError: a token is not finite, or too large for the channel scales.
         """
         scaled_BTC = tokens_BTC.float() / self._scale_C
         scale_BT = _round_up_to_fp16(scaled_BTC.abs().amax(-1) / self._largest)
@@ -44,7 +44,7 @@ class Int8Encoder:
         is_bad_BT = ~(largest_BT < FP16_MAX)
         if is_bad_BT.any():
             bad = sorted({keys[row] for row in is_bad_BT.any(-1).nonzero().flatten().tolist()})
-            raise DecantError(
+            raise BadTokensError(
                 f"a token of {len(bad)} images of a batch ({', '.join(bad[:5])}) is not finite or beyond the int8 "
                 "encoding's channel scales; fit these on more images (extract.fit_views), or keep the encoding fp16"
             )

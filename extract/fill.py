@@ -12,6 +12,7 @@ from extract.pools import open_pool
 from extract.timing import StageSeconds
 from extract.watch import DONE_AGAIN, Watch
 from extract.worker import Extracted
+from storage.errors import DecantError
 from storage.records import ShardEntry
 from storage.stage import StopRequest
 
@@ -47,6 +48,10 @@ def fill(
             filler.isolate(failed)
 
 
+_HOPELESS = 10
+"""Shards that are given up, with none that is done, before it is taken for a matter of all."""
+
+
 class _Filler:
     """The bookkeeping of one pass."""
 
@@ -55,6 +60,7 @@ class _Filler:
     ) -> None:
         self.stores, self.pool, self.watch, self.stop, self.claims = stores, pool, watch, stop, claims
         self.plan, self.run = stores[0].plan, stores[0].cfg.run
+        self.num_given_up = self.num_taken_up = 0
         self.deadlines = Deadlines(self.run.job_seconds)
 
     def carry_out(self, jobs: Iterable[Job]) -> Iterable[FailedJob]:
@@ -78,6 +84,7 @@ class _Filler:
         if failed.is_deadly and self.pool.can_kill and not known_elsewhere:
             return False
         self.watch.given_up(failed)
+        self.num_given_up += 1
         found = [None if shard in store.done else store.look_again(shard) for store in self.stores]
         for store in self.stores:
             store.give_up(failed)
@@ -85,6 +92,11 @@ class _Filler:
             self.claims.release(failed.job)
         if any(found):
             self._take_up(shard, found, StageSeconds())
+        if self.num_given_up >= _HOPELESS and not self.num_taken_up:
+            raise DecantError(
+                f"the first {self.num_given_up} shards were all given up, the last one: {failed.reason}; this is no "
+                "matter of a few images: mend that, then try again with --retry-failed (RETRY_FAILED=1)"
+            )
         return True
 
     def isolate(self, failed: FailedJob) -> None:
@@ -120,6 +132,7 @@ class _Filler:
     def _take_up(
         self, shard: int, entries: Sequence[ShardEntry | None], seconds: StageSeconds, *, is_ours: bool = True
     ) -> None:
+        self.num_taken_up += 1
         new = [None if shard in store.done else entry for store, entry in zip(self.stores, entries, strict=True)]
         for store, entry in zip(self.stores, new, strict=True):
             if entry is not None:

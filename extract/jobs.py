@@ -6,7 +6,7 @@ No tensor travels: a job is a few numbers, its result a few kilobytes, whoever t
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-from storage.errors import first_line
+from storage.errors import DecantError, first_line
 
 Result = TypeVar("Result")
 """What a worker says of a job that it has done; travels between processes, so it is small."""
@@ -122,5 +122,7 @@ def ignore(kind: str, **facts: object) -> None:
 
 
 def reason_of(error: BaseException) -> str:
-    """One line."""
+    """One line; of our own errors all of it, since it says what to do."""
+    if isinstance(error, DecantError):
+        return f"{type(error).__name__}: {error}"[:1000]
     return f"{type(error).__name__}: {first_line(error)}"[:300]

@@ -9,7 +9,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from storage.errors import InputError
+from storage.errors import BadTokensError
 from storage.files import LocalFiles
 from storage.records import StorePlan
 from storage.whitening import NO_STATISTICS, LayerNorm, MeanStd, Pca, Statistics, Whitening, load_statistics
@@ -56,7 +56,7 @@ class Whitener:
             keys: the image of each row, for the error.
 
         Raises:
-            InputError: the teacher gave a value that is not finite, or too large: for a float32 variance, or for
+            BadTokensError: the teacher gave a value that is not finite, or too large: for a float32 variance, or for
                 float16 once it is whitened.
         """
         raw_BTC = tokens_BTC.float()
@@ -103,7 +103,7 @@ def refuse_rows(is_bad: Tensor, keys: Sequence[str], what: str, values: Tensor, 
         of: the teacher.
 
     Raises:
-        InputError: names the images.
+        BadTokensError: names the images.
     """
     if not is_bad.any():
         return
@@ -113,7 +113,7 @@ def refuse_rows(is_bad: Tensor, keys: Sequence[str], what: str, values: Tensor, 
     remedy = f"look at these images, and at the weights and precision{of}"
     if what != NOT_FINITE:
         remedy = "whiten each token by itself (WHITENING=layer_norm), which any magnitude survives"
-    raise InputError(
+    raise BadTokensError(
         f"the teacher gave {what} for {len(bad)} of {len(set(keys))} images of a batch ({', '.join(bad[:5])}); "
         f"{remedy}; the largest value is {largest:.4g}"
     )

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field as Setting
 
-from storage.errors import DamagedError, DecantError, InputError, look_up
+from storage.errors import DamagedError, InputError, look_up
 from storage.schema import Schema
 
 Fields = dict[str, NDArray[Any]]
@@ -107,14 +107,14 @@ class BitRound(_Float16):
         """Tokens with their last bits rounded away.
 
         Raises:
-            DecantError: a token is not finite, or rounds to infinity.
+            BadTokensError: a token is not finite, or rounds to infinity.
         """
         from numcodecs import BitRound as Rounding
 
         rounded: Any = Rounding(self.keep_bits).encode(np.array(tokens_TC, "<f2"))
         rounded_TC = np.asarray(rounded).view("<f2").reshape(tokens_TC.shape)
         if not np.isfinite(rounded_TC).all():
-            raise DecantError("a token is not finite, or too large for the bit_round encoding; keep the encoding fp16")
+            raise BadTokensError("a token is not finite or too large for the bit_round encoding; keep the encoding fp16")
         return {"tokens": rounded_TC}
 
     def error_bound(self, tokens_TC: NDArray[np.floating], fields: Mapping[str, NDArray[Any]]) -> NDArray[np.floating]:
@@ -154,14 +154,14 @@ class Int8(Schema):
         """Tokens to integers and a scale a token.
 
         Raises:
-            DecantError: a token is not finite, or too large for the channel scales.
+            BadTokensError: a token is not finite, or too large for the channel scales.
         """
         scale_C = self._scale_C(tokens_TC.shape[-1])
         scaled_TC = tokens_TC.astype(np.float32) / scale_C
         scale_T = round_up_to_fp16(np.abs(scaled_TC).max(axis=-1) / 127)
         largest_T = 127 * scale_T.astype(np.float32) * scale_C.max()  # that decoding could ever give
         if not (largest_T < FP16_MAX).all():
-            raise DecantError(
+            raise BadTokensError(
                 "a token is not finite or beyond the int8 encoding's channel scales; fit these on more images "
                 "(extract.fit_views), or keep the encoding fp16"
             )

@@ -39,6 +39,10 @@ class DiskError(DecantError):
     exit_code = 2
 
 
+class BadTokensError(InputError):
+    """A teacher gives something for an image that cannot be stored. Another attempt gives the same."""
+
+
 class QuarantineError(DecantError):
     exit_code = 3
 

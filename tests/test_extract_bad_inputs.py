@@ -13,7 +13,7 @@ from extract.extraction import write_extraction
 from extract.run import run
 from extract.teachers import find_teacher
 from extract.worker import Worker
-from storage.errors import ConfigError, DecantError, InputError
+from storage.errors import ConfigError, DecantError, InputError, QuarantineError
 from storage.folder import load_plan
 from storage.image_index import load_index
 from storage.reader import open_store
@@ -113,7 +113,7 @@ def test_other_weights_never_get_into_a_store(
         Worker([root], cfg.run)  # as on another machine, whose file is another
 
 
-def test_a_teacher_that_gives_nan_is_stopped_with_the_image(
+def test_a_shard_for_which_a_teacher_gives_nan_is_given_up_with_the_image(
     make_index: MakeIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, _ = make_index()
@@ -129,6 +129,24 @@ def test_a_teacher_that_gives_nan_is_stopped_with_the_image(
     monkeypatch.setattr("extract.backends.Teacher.__call__", speak)
     key = load_index(data).split("train").keys[2]  # batches of 4 views in shards of 6: it is alone in the second one
     who = r"; look at .* precision of teacher 'toy' \(extract.tap=final_norm, block -1\); the largest value is nan"
-    with pytest.raises(DecantError, match=f"NaN, infinity .* 1 of 1 images of a batch \\({key}\\){who}"):
+    with pytest.raises(QuarantineError, match=f"NaN, infinity .* 1 of 1 images of a batch \\({key}\\){who}"):
         run(CFG, {"data": data}, tmp_path / "store")
-    assert not committed_shards(tmp_path / "store", load_plan(tmp_path / "store"))
+    done = committed_shards(tmp_path / "store", load_plan(tmp_path / "store"))
+    assert sorted(done) == [1, 2, 3, 4, 5], "the others are extracted"
+
+
+def test_a_teacher_that_always_gives_nan_does_not_go_on_for_long(
+    make_index: MakeIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, _ = make_index()
+    calls = []
+
+    def speak(self: object, pixels: torch.Tensor) -> torch.Tensor:
+        calls.append(len(pixels))
+        return torch.full((len(pixels), 17, 24), float("nan"))
+
+    monkeypatch.setattr("extract.backends.Teacher.__call__", speak)
+    cfg = CFG.model_copy(update={"records_per_shard": 2})
+    with pytest.raises(DecantError, match=r"the first 10 shards were all given up, .* NaN.* no matter of a few images"):
+        run(cfg, {"data": data}, tmp_path / "store")
+    assert len(calls) == 10, "once a shard"
