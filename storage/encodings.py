@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field as Setting
 
-from storage.errors import DamagedError, InputError, look_up
+from storage.errors import BadTokensError, DamagedError, InputError, look_up
 from storage.schema import Schema
 
 Fields = dict[str, NDArray[Any]]
