@@ -114,7 +114,7 @@ class BitRound(_Float16):
         rounded: Any = Rounding(self.keep_bits).encode(np.array(tokens_TC, "<f2"))
         rounded_TC = np.asarray(rounded).view("<f2").reshape(tokens_TC.shape)
         if not np.isfinite(rounded_TC).all():
-            raise BadTokensError("a token is not finite or too large for the bit_round encoding; keep the encoding fp16")
+            raise BadTokensError("a token is not finite or beyond the bit_round encoding; keep the encoding fp16")
         return {"tokens": rounded_TC}
 
     def error_bound(self, tokens_TC: NDArray[np.floating], fields: Mapping[str, NDArray[Any]]) -> NDArray[np.floating]:
