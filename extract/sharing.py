@@ -6,6 +6,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import torch
+
 from extract.fill import fill
 from extract.filling import Filling, find_settled
 from extract.jobs import Job
@@ -22,7 +24,12 @@ def fill_with_others(fillings: Sequence[Filling], progress: Progress, stop: Stop
     Raises what `fill` does.
     """
     roots = [filling.root.absolute() for filling in fillings]
-    with Watch(progress, roots) as watch, SharedShards([(store.root, store.plan) for store in fillings]) as claims:
+    has_gpu = fillings[0].cfg.run.device != "cpu" and torch.cuda.is_available()
+    busy_name = "GPU busy" if has_gpu else "teacher busy"
+    with (
+        Watch(progress, roots, busy_name=busy_name) as watch,
+        SharedShards([(store.root, store.plan) for store in fillings]) as claims,
+    ):
         fill(fillings, functools.partial(Worker, roots, fillings[0].cfg.run), watch, stop, claims)
     return watch
 

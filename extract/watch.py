@@ -106,6 +106,10 @@ class Watch:
                 self.made["done again"] += int(str(facts["views"]))
             elif kind == "job failed":
                 self.progress.say(f"shard {facts.get('shard')}, attempt {facts.get('attempt')}: {facts.get('reason')}")
+            elif kind == "isolating":
+                self.progress.say(f"shard {facts.get('shard')} ends its workers; looking for the image that does it")
+            elif kind == "isolated":
+                self.progress.say(f"shard {facts.get('shard')}: {facts.get('key')} ends every worker, and is left out")
             elif kind == "stopping":
                 self.progress.say("stopping: shards that are under way may end; once more stops at once")
             self._log(kind, **facts)
