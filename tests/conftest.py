@@ -27,6 +27,7 @@ _TOPICS = (
     "whole_store",
     "together",
     "jobs",
+    "clock",
     "folder_server",
     "object_server",
     "parquet",

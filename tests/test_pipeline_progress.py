@@ -7,25 +7,8 @@ import sys
 import pytest
 from rich.console import Console
 
-from pipeline import progress
 from pipeline.progress import LOG_SECONDS, show_progress, show_when_slow
-
-
-class Clock:
-    """Stands in for `time.monotonic`."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
-    monkeypatch.setattr(progress.time, "monotonic", made.monotonic)
-    return made
+from tests.fixtures.clock import Clock
 
 
 @pytest.fixture

@@ -2,25 +2,8 @@
 
 import pytest
 
-from storage import pace
 from storage.pace import Pace
-
-
-class Clock:
-    """Stands in for `time.monotonic`."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
-    monkeypatch.setattr(pace.time, "monotonic", made.monotonic)
-    return made
+from tests.fixtures.clock import Clock
 
 
 def work(clock: Clock, measured: Pace, seconds: int, amount: float, every: float = 1.0) -> None:
