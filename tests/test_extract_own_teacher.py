@@ -137,7 +137,7 @@ def test_the_readmes_file_fills_a_store(decant: Decant, make_images: Callable[..
     arguments = ("--teacher", "my_teacher.py", "--data", make_images(per_class=3), "--views", 1, "--executor", "inline")
     made = decant("extract", *arguments)
     assert made.code == 0, made.err
-    [folder] = (tmp_path / "runs" / "stores").iterdir()
+    [folder] = (path for path in (tmp_path / "runs" / "stores").iterdir() if path.is_dir())
     assert folder.name.startswith("my_teacher.py-")
     store = open_store(folder)
     assert store.plan.features.shape_TC == (196, 64)

@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 def inputs(finished_run: tuple[Path, Path], tmp_path: Path) -> dict[str, Path]:
     """Stores and a student from a finished run; an image list of one's own."""
     work = finished_run[1]
-    stores = {("eval" in path.name): path for path in (work / "stores").iterdir()}
+    stores = {("eval" in path.name): path for path in (work / "stores").iterdir() if path.is_dir()}
     data = shutil.copy(next((work / "data").iterdir()), tmp_path / "data.json")
     student = next((work / "students").iterdir())
     return {"data": Path(data), "extract": stores[False], "extract_eval": stores[True], "distill": student}
