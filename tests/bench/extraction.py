@@ -10,9 +10,11 @@ import torch
 
 from extract.backends import load_teacher
 from extract.config import ExecutionConfig, ExtractConfig
+from extract.extraction import write_extraction
+from extract.jobs import Job
 from extract.plan import build_plan
 from extract.resolve import resolve_teacher
-from extract.worker import Target, Worker
+from extract.worker import Worker
 from storage.decode import decode_image
 from storage.folder import create_store
 from storage.image_index import build_index, load_index
@@ -42,9 +44,7 @@ def cores() -> int:
 
 def measure(folder: Path) -> Section:
     """One section."""
-    write_photographs(folder / "images")
-    data = folder / "images.bin"
-    data.write_bytes(build_index(str(folder / "images"), eval_fraction=0, seed=0, cache_dir=folder).to_file())
+    data = write_photographs(folder)
     torch.set_num_threads(cores())
     contenders = [Contender(f"bare forward pass of the same batches ({BATCH})", "limit", bare_forward())]
     contenders += [
@@ -67,16 +67,20 @@ def measure(folder: Path) -> Section:
     return Section("Extraction", method, rows)
 
 
-def write_photographs(folder: Path) -> None:
-    """As many as all rounds need: links to the same files, of one class."""
-    (folder / "all").mkdir(parents=True)
+def write_photographs(folder: Path) -> Path:
+    """As many as all rounds need, links to the same files, of one class; returns the index file."""
+    place = folder / "images" / "all"
+    place.mkdir(parents=True)
     files = photographs()
     for number in range(SHARD * (ROUNDS + 1)):
-        path = folder / "all" / f"{number:05d}.jpg"
+        path = place / f"{number:05d}.jpg"
         if number < NUM_PHOTOGRAPHS:
             path.write_bytes(files[number])
         else:
-            os.link(folder / "all" / f"{number % NUM_PHOTOGRAPHS:05d}.jpg", path)
+            os.link(place / f"{number % NUM_PHOTOGRAPHS:05d}.jpg", path)
+    data = folder / "images.bin"
+    data.write_bytes(build_index(str(folder / "images"), eval_fraction=0, seed=0, cache_dir=folder).to_file())
+    return data
 
 
 def bare_forward() -> Callable[[], None]:
@@ -99,10 +103,11 @@ def next_shards(folder: Path, data: Path, layout: str) -> Callable[[], None]:
     images = load_index(data).split("train")
     planned = build_plan(cfg, images, root)
     create_store(root, planned.plan, images, planned.statistics)
-    worker, shards = Worker([Target(cfg, root)], data), itertools.count()
+    write_extraction(root, cfg, images)
+    worker, shards = Worker([root.absolute()], cfg.run), itertools.count()
 
     def run() -> None:
-        [entry] = worker(next(shards))
+        [entry] = worker(Job(next(shards))).entries
         assert entry.num_records == SHARD
 
     return run

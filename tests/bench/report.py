@@ -9,7 +9,7 @@ from tests.bench.results import Report, Row, Section
 
 PACKAGES = (
     "numpy", "zarr", "numcodecs", "crc32c", "blake3", "simplejpeg", "cykooz-resizer", "torch", "torchvision", "timm",
-    "pillow", "tensorstore", "webdataset", "lmdb", "h5py", "safetensors", "pyarrow",
+    "pillow", "ray", "tensorstore", "webdataset", "lmdb", "h5py", "safetensors", "pyarrow",
 )  # fmt: skip
 
 
