@@ -89,6 +89,8 @@ def _short(value: object) -> object:
 def read_tail(path: Path, num_bytes: int = TAIL_BYTES) -> list[Event]:
     """The last events of a log, oldest first. Lines that are no events, such as a torn one, are passed over; a log that
     is not there or cannot be read has none."""
+    if not path.is_file():  # a pipe would be waited for
+        return []
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
