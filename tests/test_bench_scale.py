@@ -60,5 +60,5 @@ def test_what_grows_faster_than_the_data_misses_its_aim() -> None:
     linear, quadratic = rows(found)
     assert (linear.is_met, quadratic.is_met) == (True, False)
     assert linear.target == quadratic.target == AIM
-    assert quadratic.note == "x4.00, x4.00; 5 records/s; 50 to 200 MB"
+    assert quadratic.note == "x4.00, x4.00; 5 records/CPU-s; 50 to 200 MB"
     assert (linear.value, linear.rounds) == (0.2, (0.05, 0.1, 0.2))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.bench.results import Row, Section
 from tests.bench.scale_data import make_folders, make_tars
-from tests.bench.scale_steps import SHAPES, Measured
+from tests.bench.scale_steps import ROUNDS, SHAPES, SHORT_SECONDS, Measured
 
 COUNTS = (25_000, 50_000, 100_000, 200_000)
 AIM = 1.15
@@ -30,14 +30,14 @@ def measure(folder: Path) -> Section:
         folders, tars = make_folders(place / "data", list(COUNTS)), make_tars(place / "data", list(COUNTS))
         found = {count: _run(count, folders[count], tars[count], place / "work") for count in COUNTS}
     shapes = " and ".join(f"{-(-COUNTS[-1] // records):,} shards of {records}" for records in SHAPES.values())
-    sizes = ", ".join(f"{count:,}" for count in COUNTS[:-1])
     method = (
         f"{COUNTS[-1]:,} JPEGs of a few hundred bytes in a folder of class folders and in one tar, records of 256 "
-        f"bytes in {shapes}; one image in a thousand is unusable. Files lie in memory where there is room, not synced, "
-        "since a disk's own moods are larger than what is looked for. Seconds of one run (short steps: best of 3), at "
-        f"{COUNTS[-1]:,}; the ratio is how much longer a record takes when there are twice as many, as the mean over "
-        f"the doublings from {sizes} on (1: linear, 2: quadratic). Behind it the factor of time for each doubling, "
-        "records a second, and the process's peak memory at the smallest and the largest size"
+        f"bytes in {shapes}; one image in a thousand is unusable. Files lie in memory where there is room, and nothing "
+        "is synced, since a disk's own moods are larger than what is looked for. CPU seconds of all threads at "
+        f"{COUNTS[-1]:,}, of one run, or the best of up to {ROUNDS} within {SHORT_SECONDS:g} s. The ratio is how much "
+        f"longer a record takes when there are twice as many, as the mean over the doublings from {COUNTS[0]:,} on (1: "
+        "linear, 2: quadratic); then the factor of time of each doubling, records a second, and the process's peak "
+        "memory at the smallest and the largest size"
     )
     return Section("Scale", method, rows(found))
 
@@ -67,9 +67,9 @@ def _row(name: str, counts: Sequence[int], steps: Sequence[Measured]) -> Row:
     factors = ", ".join(f"x{after / before:.2f}" for before, after in pairwise(seconds))
     memory = f"{steps[0].peak_bytes / 1e6:,.0f} to {steps[-1].peak_bytes / 1e6:,.0f} MB"
     return Row(
-        what=name, role="ours", value=seconds[-1], unit="s", ratio=growth(counts, seconds), target=AIM,
+        what=name, role="ours", value=seconds[-1], unit="CPU-s", ratio=growth(counts, seconds), target=AIM,
         limit="linear", is_less_better=True, rounds=tuple(seconds),
-        note=f"{factors}; {counts[-1] / seconds[-1]:,.0f} records/s; {memory}",
+        note=f"{factors}; {counts[-1] / seconds[-1]:,.0f} records/CPU-s; {memory}",
     )  # fmt: skip
 
 
