@@ -8,16 +8,17 @@ import torch
 from extract.config import ExecutionConfig
 from extract.events import events_path, read_tail
 from extract.run import run
-from tests.bench.extraction import BATCH, ROUNDS, SHARD, bare_forward, cores, settings, write_photographs
+from tests.bench.extraction import BATCH, SHARD, bare_forward, cores, settings, write_photographs
 from tests.bench.results import Row, Section
 
-SHARDS, AIM = ROUNDS + 1, 0.85
+SHARDS, AIM = 6, 0.85
+"""As many for each of two workers."""
 EXECUTORS = ("process", "ray")
 
 
 def measure(folder: Path) -> Section:
     """One section."""
-    data = write_photographs(folder)
+    data = write_photographs(folder, SHARD * SHARDS)
     rows: list[Row] = []
     for workers in range(1, min(2, cores()) + 1):
         limit = SHARD / bare_seconds(workers)

@@ -44,7 +44,7 @@ def cores() -> int:
 
 def measure(folder: Path) -> Section:
     """One section."""
-    data = write_photographs(folder)
+    data = write_photographs(folder, SHARD * (ROUNDS + 1))
     torch.set_num_threads(cores())
     contenders = [Contender(f"bare forward pass of the same batches ({BATCH})", "limit", bare_forward())]
     contenders += [
@@ -67,12 +67,12 @@ def measure(folder: Path) -> Section:
     return Section("Extraction", method, rows)
 
 
-def write_photographs(folder: Path) -> Path:
-    """As many as all rounds need, links to the same files, of one class; returns the index file."""
+def write_photographs(folder: Path, count: int) -> Path:
+    """So many, links to the same few files, of one class; returns the index file."""
     place = folder / "images" / "all"
     place.mkdir(parents=True)
     files = photographs()
-    for number in range(SHARD * (ROUNDS + 1)):
+    for number in range(count):
         path = place / f"{number:05d}.jpg"
         if number < NUM_PHOTOGRAPHS:
             path.write_bytes(files[number])
