@@ -25,7 +25,9 @@ def test_rays_launcher_accepts_its_file() -> None:
     config = load("ray-cluster.yaml")
     jsonschema.validate(config, schema)
     assert config["head_node_type"] in config["available_node_types"]
-    assert all("object-store-memory" in line for line in config["head_start_ray_commands"][1:])
+    [start] = config["head_start_ray_commands"][1:]
+    assert "--object-store-memory=" in start
+    assert "--num-cpus=0" in start, "no worker without a GPU"
 
 
 def test_the_job_for_kubernetes_is_whole() -> None:
@@ -54,6 +56,7 @@ def test_options_that_are_named_exist(name: str) -> None:
     }
     assert used
     assert used - {"--help"} <= known
+    assert text.count("extract.precision=float16") >= 1, "the driver has no GPU, which auto would ask"
     for setting in re.findall(r"extract\.run\.(\w+)", text):
         from extract.config import ExecutionConfig
 
