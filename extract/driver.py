@@ -230,7 +230,8 @@ class _Drive(Generic[Result]):
         else:
             self.failed_starts_in_a_row += 1
         size, attempts = self.pool.size, self.cfg.max_attempts
-        is_hopeless = self.failed_starts_in_a_row > 2 * attempts * size
+        is_alone = not any(other.is_up for other in self.workers.values())
+        is_hopeless = is_alone and self.failed_starts_in_a_row > 2 * attempts * size
         if is_hopeless or self.deaths_in_a_row > attempts * max(_MOST_DEATHS, 2 * size):
             raise DecantError(f"no worker survives; the last one: {reason}")
 

@@ -177,9 +177,9 @@ def _serve(pipe: Connection, make_work: MakeWork[Any], gpus: str) -> None:
         with turns.take(call.number):
             try:
                 answer = _Answer(call.number, work(call.job))
-            except Exception as error:
+            except BaseException as error:  # a stranger's network may raise SystemExit
                 answer = _Answer(call.number, error=_portable(error))
-        say(answer)
+            say(answer)
 
     say(_Answer(None, turns.at_a_time))
     with ThreadPoolExecutor(max(turns.at_a_time, JOBS_IN_FLIGHT)) as pool:
@@ -189,10 +189,10 @@ def _serve(pipe: Connection, make_work: MakeWork[Any], gpus: str) -> None:
         os._exit(0)  # whatever is under way
 
 
-def _portable(error: Exception) -> Exception:
+def _portable(error: BaseException) -> Exception:
     """The error itself, where it survives the journey; else its text."""
     try:
-        if type(pickle.loads(pickle.dumps(error))) is type(error):
+        if isinstance(error, Exception) and type(pickle.loads(pickle.dumps(error))) is type(error):
             return error
     except Exception:  # anything may be wrong with a stranger's class
         pass
