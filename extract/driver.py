@@ -296,4 +296,5 @@ def _raise_if_final(error: BaseException) -> None:
 
 def _is_memory(error: BaseException) -> bool:
     """Whether smaller batches may help."""
-    return isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "t allocate memory" in str(error)
+    text = f"{type(error).__name__}: {error}"  # of several stores, the error stands in another one's text
+    return any(word in text for word in ("MemoryError", "OutOfMemory", "t allocate memory"))

@@ -94,11 +94,11 @@ def _help(
         for root, teacher in zip(roots, teachers, strict=True):
             _check_code(root, teacher)
         fillings = [Filling.begun(root, run) for root in roots]
+        return fill_with_others(fillings, progress, stop).summary()
     except InputError:
-        if any(map(_is_finished, roots)):  # a moment ago
+        if any(map(_is_finished, roots)):  # a moment ago, perhaps while a worker here was loaded
             return {}
         raise
-    return fill_with_others(fillings, progress, stop).summary()
 
 
 def _go_on(
