@@ -123,7 +123,7 @@ def run_trial(
     """
     if not len(images):
         raise InputError(f"there is no image in {images.location}, so nothing can be tried")
-    stop = stop or StopRequest()
+    stop = StopRequest() if stop is None else stop  # one that is not set counts as false
     run = targets[0].cfg.run.model_copy(update={"max_attempts": 1, "recycle_after": 0})
     cfgs = [_trial_settings(target.cfg) for target in targets]
     sample = _random_shards(images, cfgs[0].images_per_shard, seed)
