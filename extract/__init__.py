@@ -50,7 +50,7 @@ summary.py     what is said at its end
 events.py      what happens to a store while it is filled, as a file beside it
 fill.py        the jobs that are missing, carried out by workers, with what becomes of each
 audit.py       random records of a store, made again and compared
-final_audit.py the audit that every extraction ends with
+final_audit.py the same by a store's own teacher: what every extraction ends with, and `make audit`
 filling.py     one store while it is filled, and its metrics
 sharing.py     which jobs are this driver's, where several fill the same stores
 trial.py       how fast an extraction would go

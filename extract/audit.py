@@ -87,7 +87,7 @@ def audit_store(
         if wanted:
             white = whitener(teacher(torch.from_numpy(np.stack(pixels))), [record.key for record in wanted])
             for record, tokens_TC in zip(wanted, white.tokens_BTC.cpu().numpy(), strict=True):
-                worst.add(record, tokens_TC[_kept(store.plan, record)])
+                worst.add(record, _kept(store, record, tokens_TC))
     limit = _LIMITS[teacher.precision] + _lossy(store.plan.encoding)
     return worst.audit(limit, num_unusable)
 
@@ -136,10 +136,10 @@ def _stored_view(record: FeatureRecord, look: Look) -> NDArray[np.uint8]:
     return pixels_HWC
 
 
-def _kept(plan: StorePlan, record: FeatureRecord) -> NDArray[np.int64] | slice:
-    if plan.token_subset is None:
-        return slice(None)
-    return plan.token_subset.positions(record.key, record.view_index, plan.features.num_tokens)
+def _kept(store: FeatureReader, record: FeatureRecord, tokens_TC: NDArray[np.float16]) -> NDArray[np.float16]:
+    """Of all tokens of a view, those that the store keeps."""
+    positions_1S = store.positions(np.array([store.record_number(record.key, record.view_index)]))
+    return tokens_TC if positions_1S is None else tokens_TC[positions_1S[0]]
 
 
 def _lossy(encoding: Encoding) -> float:

@@ -18,17 +18,17 @@ class Deadlines:
         self.fixed_seconds = fixed_seconds
         self.seconds: deque[float] = deque(maxlen=1000)
         """Of the last jobs."""
+        self.usual_seconds = _FIRST_DEADLINE_SECONDS
+        """The limit that they make; asked for much more often than a job is done."""
 
     def add(self, seconds: float) -> None:
         """A job was done in so many."""
         self.seconds.append(seconds)
+        slow = sorted(self.seconds)[int(0.99 * len(self.seconds))]
+        self.usual_seconds = max(_LEAST_DEADLINE_SECONDS, _DEADLINE_FACTOR * slow)
 
     def limit_seconds(self, failures: int = 0) -> float:
         """For a job that has failed so often."""
         if self.fixed_seconds:
             return self.fixed_seconds
-        usual = _FIRST_DEADLINE_SECONDS
-        if self.seconds:
-            slow = sorted(self.seconds)[int(0.99 * len(self.seconds))]
-            usual = max(_LEAST_DEADLINE_SECONDS, _DEADLINE_FACTOR * slow)
-        return float(usual * 2**failures)
+        return float(self.usual_seconds * 2**failures)

@@ -26,7 +26,7 @@ from extract.jobs import (
     Result,
     ignore,
     reason_of,
-)  # fmt: skip
+)
 from extract.worker_state import Held, WorkerState
 from storage.errors import BadTokensError, DecantError
 from storage.stage import Interrupted, StopRequest

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from extract.config import ExecutionConfig, ExtractConfig
+from extract.resolve import names_code
 from storage.atomic import write_file
 from storage.errors import DamagedError, InputError
 from storage.image_index import FILE_NAME as IMAGES_FILE
@@ -89,8 +90,3 @@ def with_absolute_paths(cfg: ExtractConfig) -> ExtractConfig:
 def absolute_teacher(name: str) -> str:
     """A teacher's name; of one that a Python file makes, with the file's whole path."""
     return str(Path(os.path.normpath(Path(name).expanduser().absolute()))) if names_code(name) else name
-
-
-def names_code(teacher: str) -> bool:
-    """Whether a teacher is made by a Python file, which is run."""
-    return teacher.endswith(".py") or ".py:" in teacher

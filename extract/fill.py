@@ -18,9 +18,8 @@ from storage.stage import StopRequest
 
 
 def fill(
-    stores: Sequence[Filling], make_worker: MakeWork[Extracted], watch: Watch, stop: StopRequest,
-    claims: Claims | None = None,
-) -> None:  # fmt: skip
+    stores: Sequence[Filling], make_worker: MakeWork[Extracted], watch: Watch, stop: StopRequest, claims: Claims
+) -> None:
     """Extract what is missing in stores that are filled in one pass. A shard that ends its workers is looked at again
     when all others are done: the image that does it is left out.
 
@@ -55,9 +54,7 @@ _HOPELESS = 10
 class _Filler:
     """The bookkeeping of one pass."""
 
-    def __init__(
-        self, stores: Sequence[Filling], pool: Pool, watch: Watch, stop: StopRequest, claims: Claims | None
-    ) -> None:
+    def __init__(self, stores: Sequence[Filling], pool: Pool, watch: Watch, stop: StopRequest, claims: Claims) -> None:
         self.stores, self.pool, self.watch, self.stop, self.claims = stores, pool, watch, stop, claims
         self.plan, self.run = stores[0].plan, stores[0].cfg.run
         self.num_given_up = self.num_taken_up = 0
@@ -88,8 +85,7 @@ class _Filler:
         found = [None if shard in store.done else store.look_again(shard) for store in self.stores]
         for store in self.stores:
             store.give_up(failed)
-        if self.claims is not None:  # only now: another driver would try it again
-            self.claims.release(failed.job)
+        self.claims.release(failed.job)  # only now: another driver would try it again
         if any(found):
             self._take_up(shard, found, StageSeconds())
         if self.num_given_up >= _HOPELESS and not self.num_taken_up:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from extract.config import ExecutionConfig
-from extract.extraction import FILE_NAME, absolute_teacher, load_extraction, names_code
+from extract.extraction import FILE_NAME, absolute_teacher, load_extraction
 from extract.filling import Filling
 from extract.final_audit import audit_filling
 from extract.preflight import check_writable
+from extract.resolve import names_code
 from extract.sharing import fill_with_others
 from storage.errors import ConfigError, InputError, StoreBusyError
 from storage.folder import sweep

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from extract.config import ExtractConfig
 from extract.filling import Target
-from extract.resolve import resolve_teacher
+from extract.resolve import needed_view_bytes
 from storage.atomic import private_name, write_private
 from storage.errors import DiskError
-from storage.folder import find_plan, needed_bytes, needed_record_bytes
-from storage.receipts import receipt_path
+from storage.folder import find_plan, needed_bytes
+from storage.receipts import without_receipt
 
 
 def check_place(targets: Sequence[Target], num_images: int) -> None:
@@ -49,9 +49,5 @@ def _missing_bytes(cfg: ExtractConfig, root: Path, num_images: int) -> int:
     """About as much as is still to be written of a store."""
     plan = find_plan(root)
     if plan is not None:
-        there = sum(receipt_path(root, index).exists() for index in range(plan.num_shards))
-        return needed_bytes(plan) * (plan.num_shards - there) // max(1, plan.num_shards)
-    spec = resolve_teacher(cfg)
-    view_px = spec.input_px if cfg.keeps_views else None
-    a_record = needed_record_bytes(spec.feature_spec(), cfg.layout, cfg.encoding, cfg.token_subset, view_px)
-    return num_images * cfg.views * a_record
+        return needed_bytes(plan) * len(without_receipt(root, plan)) // max(1, plan.num_shards)
+    return num_images * cfg.views * needed_view_bytes(cfg)

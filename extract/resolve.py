@@ -9,12 +9,18 @@ from extract.config import ExtractConfig
 from extract.spec import TeacherSpec
 from extract.teachers import TEACHERS
 from storage.errors import ConfigError, did_you_mean
+from storage.folder import needed_record_bytes
 
 OF_A_LIBRARY = {"timm:": "extract.timm_teachers", "open_clip:": "extract.open_clip_teachers"}
 """What the names of a library's own models begin with, and the module that describes them."""
 MOVED = ("input_px", "tap", "block")
 """Settings that change a row."""
 HOW_TO_NAME_OTHERS = "timm:NAME, open_clip:NAME/TAG or FILE.py"
+
+
+def names_code(teacher: str) -> bool:
+    """Whether a teacher is made by a Python file, which is run."""
+    return teacher.endswith(".py") or ".py:" in teacher
 
 
 def identify_teacher(name: str) -> TeacherSpec:
@@ -30,7 +36,7 @@ def identify_teacher(name: str) -> TeacherSpec:
     for prefix, module in OF_A_LIBRARY.items():
         if name.startswith(prefix):
             return _described_by_library(module, name.removeprefix(prefix))
-    if name.endswith(".py") or ".py:" in name:
+    if names_code(name):
         spec: TeacherSpec = importlib.import_module("extract.file_teachers").describe(name)
         return spec
     hint = did_you_mean(name, TEACHERS) or "`make teachers` lists those that have a row;"
@@ -50,6 +56,13 @@ def resolve_teacher(cfg: ExtractConfig) -> TeacherSpec:
         ConfigError: no such teacher, or no such tap of it.
     """
     return identify_teacher(cfg.teacher).at(input_px=cfg.input_px, tap=cfg.tap, block=cfg.block)
+
+
+def needed_view_bytes(cfg: ExtractConfig) -> int:
+    """What a view takes in a store of these settings, see `needed_record_bytes`. Raises what `resolve_teacher` does."""
+    spec = resolve_teacher(cfg)
+    view_px = spec.input_px if cfg.keeps_views else None
+    return needed_record_bytes(spec.feature_spec(), cfg.layout, cfg.encoding, cfg.token_subset, view_px)
 
 
 def resolve_settings(cfg: ExtractConfig) -> ExtractConfig:

@@ -34,14 +34,10 @@ def audit_stores(
 
 
 def _audit(workspace: Workspace, root: Path, num_records: int, seed: int, progress: Progress) -> bool:
-    auditing = importlib.import_module("extract.audit")
     store = open_store(root, check="always")
-    plan: StorePlan = store.plan
-    cfg = settings_of(workspace, root, plan)
-    teacher = importlib.import_module("extract.worker").load_store_teacher(cfg, plan)
-    whitener = importlib.import_module("extract.whiten").Whitener.of_store(root, plan, teacher.device)
-    audit = auditing.audit_store(
-        store, teacher, whitener, num_records=num_records, seed=seed, images=_images(workspace, root, plan)
+    cfg = settings_of(workspace, root, store.plan)
+    audit = importlib.import_module("extract.final_audit").audit_as_made(
+        store, root, cfg, num_records=num_records, seed=seed, images=_images(workspace, root, store.plan)
     )
     progress.say(f"{root}: {audit}")
     for line in version_changes(_recorded(root), provenance.machine()):

@@ -11,7 +11,7 @@ from extract.config import ExtractConfig
 from pipeline.planning import Plan, StagePlan
 from storage.errors import DecantError
 from storage.folder import find_plan
-from storage.receipts import receipt_path
+from storage.receipts import without_receipt
 from storage.stage import stop_on_signals
 
 
@@ -48,11 +48,8 @@ def _lines(trial: Any, images_left: int, cfgs: Sequence[ExtractConfig]) -> Itera
     else:
         cores = os.cpu_count()
         yield f"memory: {memory}, batches of {sizes} views; no GPU is used: the teacher runs on {cores} CPU cores"
-    bottleneck = importlib.import_module("extract.timing").find_bottleneck(
-        trial.stage_seconds, trial.seconds * trial.workers
-    )
-    if bottleneck is not None:
-        yield str(bottleneck)
+    if trial.bottleneck is not None:
+        yield str(trial.bottleneck)
 
 
 def _settings(item: StagePlan) -> ExtractConfig:
@@ -70,8 +67,7 @@ def _images_left(item: StagePlan, num_images: int) -> int:
         begun = None
     if begun is None:
         return num_images
-    missing = (index for index in range(begun.num_shards) if not receipt_path(item.folder, index).exists())
-    return sum(len(begun.images_of_shard(index)) for index in missing)
+    return sum(len(begun.images_of_shard(index)) for index in without_receipt(item.folder, begun))
 
 
 def _duration(seconds: float) -> str:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from extract.config import ExtractConfig
-from extract.extraction import names_code
-from extract.resolve import resolve_teacher
+from extract.resolve import names_code, resolve_teacher
 from extract.weights import WeightsSource, weights_identity
 from pipeline.config import PipelineConfig
 from pipeline.workspace import Workspace, load_current, read_result

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from extract.config import ExtractConfig
-from extract.resolve import resolve_teacher
+from extract.resolve import needed_view_bytes, resolve_teacher
 from extract.teachers import TEACHERS
 from pipeline.planning import Plan, StagePlan
 from pipeline.stages import STAGES
@@ -17,7 +17,6 @@ from pipeline.teacher_table import teacher_lines
 from pipeline.workspace import RunState, Workspace, read_result, read_state
 from storage.atomic import nearest_existing
 from storage.fingerprint import short
-from storage.folder import needed_record_bytes
 from storage.stage import StageResult
 
 console = Console(highlight=False, markup=False, emoji=False)
@@ -61,8 +60,7 @@ def _show_sizes(plan: Plan, images: int) -> None:
         cfg = item.settings
         assert isinstance(cfg, ExtractConfig)
         spec = resolve_teacher(cfg)
-        px = spec.input_px if cfg.keeps_views else None
-        each = needed_record_bytes(spec.feature_spec(), cfg.layout, cfg.encoding, cfg.token_subset, px)
+        each = needed_view_bytes(cfg)
         needed = images * cfg.views * each
         total += needed
         whose = f"{cfg.teacher}: " if plan.also else ""

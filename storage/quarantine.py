@@ -47,12 +47,9 @@ def all_given_up(root: Path) -> list[GivenUp]:
     return [found for index in indices if (found := find_given_up(root, index)) is not None]
 
 
-def forget_given_up(root: Path, index: int | None = None) -> None:
-    """Forget that a shard was given up; or that any was."""
-    if index is None:
-        remove_tree(root / _FOLDER)
-    else:
-        _path(root, index).unlink(missing_ok=True)
+def forget_given_up(root: Path) -> None:
+    """Forget that any shard was given up."""
+    remove_tree(root / _FOLDER)
 
 
 def _path(root: Path, index: int) -> Path:

@@ -44,6 +44,11 @@ def read_receipt(root: Path, plan: StorePlan, index: int) -> ShardEntry | None:
     return entry
 
 
+def without_receipt(root: Path, plan: StorePlan) -> list[int]:
+    """Shards that are still to be made, at a glance: receipts are not read."""
+    return [index for index in range(plan.num_shards) if not receipt_path(root, index).exists()]
+
+
 def committed_shards(root: Path, plan: StorePlan) -> dict[int, ShardEntry]:
     """All shards that exist."""
     receipts = ((index, read_receipt(root, plan, index)) for index in range(plan.num_shards))

@@ -27,9 +27,7 @@ def measure(folder: Path) -> Section:
         for executor in EXECUTORS:
             found = images_per_second(folder / f"{executor}-{workers}", data, executor, workers)
             what = f"{executor}, {workers} worker{'s' if workers > 1 else ''}"
-            rows.append(
-                Row(what, "ours", found, "images/s", ratio=found / limit, target=AIM, limit=name, rounds=())
-            )  # fmt: skip
+            rows.append(Row(what, "ours", found, "images/s", ratio=found / limit, target=AIM, limit=name, rounds=()))
     method = (
         f"{SHARD * SHARDS} photographs in {SHARDS} shards, ViT-S/16 at 224 px in float32, batches of {BATCH}, one "
         "thread a worker; the whole extraction as `make extract` does it, from the first worker's being up to the last "
