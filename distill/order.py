@@ -45,6 +45,10 @@ class Draw(NamedTuple):
     positions_B: NDArray[np.int64]
     epochs_B: NDArray[np.int64]
 
+    def part(self, number: int, count: int) -> "Draw":
+        """One of `count` equal parts: every count-th image from `number` on."""
+        return Draw(self.positions_B[number::count], self.epochs_B[number::count])
+
 
 class _Epoch(NamedTuple):
     reading_N: NDArray[np.int64]

@@ -14,11 +14,10 @@ from torch import Tensor
 from distill.checkpoint import save_weights
 from distill.config import DistillConfig
 from distill.loop import Training, choose_device, finish, train
-from distill.loss import feature_loss
+from distill.objective import Objective
 from distill.optim import build_optimizer, learning_rate, set_learning_rate
 from distill.stream import DistillBatch, DistillStream
 from distill.student import DistillModel, normalise_images
-from distill.targets import decode_targets, match_subset, select_targets
 from storage.errors import ConfigError
 from storage.fingerprint import digest_json
 from storage.image_index import load_index
@@ -44,30 +43,35 @@ def run(
     """
     progress = progress or SilentProgress()
     torch.set_num_threads(cfg.run.threads or os.cpu_count() or 1)
-    reader = open_store(cfg.store or inputs["extract"])
     index = load_index(inputs["data"])
-    stream = DistillStream(reader, index.location, cfg, cache_dir=index.images.cache_dir)
+    device = choose_device(cfg.run.device)
+    readers = [open_store(cfg.store or inputs["extract"]), *(open_store(other.store) for other in cfg.also)]
+    stream = DistillStream(
+        readers, index.location, cfg, cache_dir=index.images.cache_dir, is_pinned=device.type == "cuda"
+    )
     if stream.pixels.warning:
         progress.say(
             f"warning: {stream.pixels.warning}: the student may see slightly other pixels than the teacher did"
         )
     if len(stream.order) < 2:
-        raise ConfigError(f"the store {reader.location} has {len(stream.order)} usable images; two are needed")
+        raise ConfigError(f"the store {readers[0].location} has {len(stream.order)} usable images; two are needed")
 
     torch.manual_seed(cfg.seed)
-    device = choose_device(cfg.run.device)
-    model = DistillModel(cfg.student, reader.plan.features, drop_path=cfg.drop_path).to(device)
+    teachers = [reader.plan.features for reader in readers]
+    model = DistillModel(cfg.student, teachers, drop_path=cfg.drop_path, grid=cfg.grid).to(device)
     optimizer = build_optimizer(model, cfg.optim)
-    features = reader.plan.features
+    objectives = [
+        Objective(reader, cfg, has_cls=has_cls) for reader, has_cls in zip(readers, model.has_cls, strict=True)
+    ]
+    weights = [1.0, *(other.weight for other in cfg.also)]
 
     def loss(batch: DistillBatch) -> Tensor:
-        encoded = {name: part.to(device, non_blocking=True) for name, part in batch.encoded.items()}
-        targets_BTC = decode_targets(encoded, reader.plan.encoding)
-        pred_BTC = model(normalise_images(batch.images_BHWC, device))
-        if batch.positions_BT is None:
-            return feature_loss(pred_BTC, select_targets(targets_BTC, features), beta=cfg.beta)
-        positions_BT = batch.positions_BT.to(device, non_blocking=True)
-        return feature_loss(*match_subset(pred_BTC, targets_BTC, positions_BT, features), beta=cfg.beta)
+        predictions = model(normalise_images(batch.images_BHWC, device))
+        losses = [
+            weight * objective(pred_BTC, part.to(device))
+            for weight, objective, pred_BTC, part in zip(weights, objectives, predictions, batch.stores, strict=True)
+        ]
+        return torch.stack(losses).sum() / sum(weights)
 
     def set_lr(step: int) -> float:
         lr = learning_rate(
@@ -80,18 +84,18 @@ def run(
     training = Training(
         model=model, optimizer=optimizer, set_lr=set_lr, batches=stream.batches, loss=loss,
         num_steps=stream.num_steps, clip_grad=cfg.optim.clip_grad, seed=cfg.seed, out_dir=out_dir,
-        run_digest=digest_json([cfg.identity(), reader.manifest.fingerprint]),
+        run_digest=digest_json([cfg.identity(), *(reader.manifest.fingerprint for reader in readers)]),
         checkpoint_seconds=cfg.run.checkpoint_seconds,
     )  # fmt: skip
     with hold_lock(out_dir), stop_on_signals() as stop:
         log = train(training, progress, stop)
         facts = {
             "student": cfg.student.model_dump_json(),
-            "store": reader.manifest.fingerprint,
-            "whitening": reader.plan.whitening.model_dump_json(),
+            "store": readers[0].manifest.fingerprint,
+            "whitening": readers[0].plan.whitening.model_dump_json(),
         }
         save_weights(out_dir / "student.safetensors", model.student.state_dict(), facts)
-        save_weights(out_dir / "projector.safetensors", model.projector.state_dict(), facts)
+        save_weights(out_dir / "projector.safetensors", model.projectors.state_dict(), facts)
         finish(training)
     return {
         "steps": stream.num_steps,

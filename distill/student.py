@@ -1,12 +1,13 @@
 """The student: timm's `Beit`, which equals the authors' ViT student, with the projector that is thrown away later."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.models.beit import Beit
 from torch import Tensor, nn
 
-from distill.config import StudentConfig
+from distill.student_config import StudentConfig
 from storage.errors import ConfigError
 from storage.records import FeatureSpec
 
@@ -32,26 +33,31 @@ def build_student(cfg: StudentConfig, *, drop_path: float, **variant: Any) -> Be
 
 
 class DistillModel(nn.Module):
-    """A student and the linear layer that maps its tokens to the teacher's width (a 1x1 convolution in the paper)."""
+    """A student with one linear layer a teacher, which maps its tokens to that teacher's width (a 1x1 convolution in
+    the paper)."""
 
-    def __init__(self, cfg: StudentConfig, features: FeatureSpec, *, drop_path: float) -> None:
+    def __init__(
+        self, cfg: StudentConfig, teachers: Sequence[FeatureSpec], *, drop_path: float, grid: str = "same"
+    ) -> None:
         """
         Raises:
             ConfigError: the grids differ.
         """
         super().__init__()
-        check_grids(cfg, features)
+        for features in teachers:
+            check_grids(cfg, features)
         self.student = build_student(cfg, drop_path=drop_path)
-        self.projector = nn.Linear(cfg.width, features.channels)
-        self.teacher_prefix = features.num_prefix_tokens
+        self.projectors = nn.ModuleList(nn.Linear(cfg.width, features.channels) for features in teachers)
+        self.has_cls = tuple(features.num_prefix_tokens > 0 for features in teachers)
+        """For each teacher: whether its predictions begin with a CLS token, which both must have."""
 
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Predicted whitened tokens, (B, T, C): those that `select_targets` keeps of the teacher's."""
+    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, ...]:
+        """Predicted whitened tokens (B, T, C) for each teacher: those that `select_targets` keeps of the teacher's."""
         tokens_BTC = self.student.forward_features(images_BCHW)
-        if self.teacher_prefix == 0:
-            tokens_BTC = tokens_BTC[:, self.student.num_prefix_tokens :]
-        pred_BTC: Tensor = self.projector(tokens_BTC)
-        return pred_BTC
+        return tuple(
+            projector(tokens_BTC if has_cls else tokens_BTC[:, self.student.num_prefix_tokens :])
+            for projector, has_cls in zip(self.projectors, self.has_cls, strict=True)
+        )
 
 
 def check_grids(cfg: StudentConfig, features: FeatureSpec) -> None:

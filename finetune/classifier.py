@@ -13,8 +13,8 @@ from timm.models.beit import Beit
 from torch import Tensor
 
 from distill.checkpoint import load_weights
-from distill.config import StudentConfig
 from distill.student import build_student
+from distill.student_config import StudentConfig
 from storage.errors import DamagedError
 
 _SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"

@@ -61,9 +61,10 @@ def run(
     student = student_shape(weights)
     _check_whitening(weights, eval_store)
     device = choose_device(cfg.run.device)
-    model = DistillModel(student, eval_store.plan.features, drop_path=0.0)
+    model = DistillModel(student, [eval_store.plan.features], drop_path=0.0)
     model.student.load_state_dict(load_weights(weights))
-    model.projector.load_state_dict(load_weights(inputs["distill"] / "projector.safetensors"))
+    projectors = load_weights(inputs["distill"] / "projector.safetensors")
+    model.projectors.load_state_dict({name: projectors[name] for name in ("0.weight", "0.bias")})
     model.eval().to(device)
 
     def probe(train: PooledFeatures, evaluation: PooledFeatures) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def compare_tokens(
     for batch in iter_views(store, images, image_px=image_px, stop=stop):
         assert batch.images_BHWC is not None
         target_BTC = select_targets(batch.tokens_BTC, store.plan.features).to(device)
-        pred_BTC = model(normalise_images(batch.images_BHWC, device))
+        [pred_BTC] = model(normalise_images(batch.images_BHWC, device))
         size = len(batch.positions_B)
         cosine = F.cosine_similarity(pred_BTC, target_BTC, dim=-1).mean()
         zero = feature_loss(torch.zeros_like(target_BTC), target_BTC, beta=2.0)
@@ -143,7 +144,7 @@ def _keep_pictures(
     if not views:
         return
     pixels_BHWC = torch.stack([pixels for _, pixels, _ in views])
-    pred_BTC = model(normalise_images(pixels_BHWC, device)).cpu()
+    [pred_BTC] = model(normalise_images(pixels_BHWC, device))
     grid_tokens = store.plan.features.grid_hw[0] * store.plan.features.grid_hw[1]
     buffer = io.BytesIO()
     np.savez(
@@ -151,7 +152,7 @@ def _keep_pictures(
         keys=np.array([key for key, _, _ in views]),
         images_BHWC=pixels_BHWC.numpy(),
         teacher_BTC=torch.stack([tokens for _, _, tokens in views])[:, -grid_tokens:].numpy(),
-        student_BTC=pred_BTC[:, -grid_tokens:].numpy(),
+        student_BTC=pred_BTC[:, -grid_tokens:].cpu().numpy(),
         grid_hw=np.array(store.plan.features.grid_hw),
     )
     write_file(out_dir / "pictures.npz", buffer.getvalue())

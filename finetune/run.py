@@ -16,11 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from distill.checkpoint import save_weights
-from distill.config import StudentConfig
 from distill.loop import Training, choose_device, finish, train
 from distill.optim import REFERENCE_BATCH, build_optimizer, learning_rate, set_learning_rate
 from distill.prefetch import ImageCache
 from distill.student import normalise_images
+from distill.student_config import BeitStudent
 from finetune.classifier import build_classifier, count_correct, layer_lr_scale
 from finetune.config import FinetuneConfig, Start
 from finetune.labelled import LabelledBatch, LabelledImages
@@ -78,7 +78,7 @@ def run(
     }
 
 
-def student_shape(weights: Path) -> StudentConfig:
+def student_shape(weights: Path) -> BeitStudent:
     """The shape that a distilled student's file carries in its header.
 
     Raises:
@@ -86,7 +86,7 @@ def student_shape(weights: Path) -> StudentConfig:
     """
     try:
         with safe_open(weights, framework="pt") as file:
-            return StudentConfig.from_file(weights, (file.metadata() or {})["student"].encode())
+            return BeitStudent.from_file(weights, (file.metadata() or {})["student"].encode())
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise DamagedError(f"{weights} is not a distilled student ({error}); run `make distill FORCE=1`") from error
 
@@ -97,7 +97,7 @@ def majority_accuracy(labels: Sequence[int]) -> float:
 
 
 def _run_member(
-    cfg: FinetuneConfig, start: Start, seed: int, index: ImageIndex, student: StudentConfig, weights: Path,
+    cfg: FinetuneConfig, start: Start, seed: int, index: ImageIndex, student: BeitStudent, weights: Path,
     data: tuple[LabelledImages, LabelledImages], out_dir: Path, progress: Progress, stop: StopRequest,
 ) -> dict[str, Any]:  # fmt: skip
     """Train and evaluate one start with one seed, unless it was done before."""

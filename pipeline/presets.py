@@ -7,7 +7,8 @@ and neither in fine-tuning nor in linear probes. So no preset does; `data.skip=i
 from collections.abc import Callable
 from typing import NamedTuple
 
-from distill.config import DistillConfig, OptimConfig, StudentConfig, TrainRunConfig, find_student
+from distill.config import DistillConfig, DistillRunConfig, OptimConfig, TrainRunConfig
+from distill.student_config import BeitStudent, find_student
 from extract.config import ExecutionConfig, ExtractConfig
 from finetune.config import EvaluateConfig, FinetuneConfig
 from pipeline.config import PipelineConfig
@@ -97,7 +98,7 @@ def deit_b_300ep() -> PipelineConfig:
 
 def demo() -> PipelineConfig:
     """The whole path on a laptop CPU: a small student of EfficientNet-Lite0 on photographs of solar cells."""
-    student = StudentConfig(input_px=160, patch_px=32, width=128, depth=4, heads=4)
+    student = BeitStudent(input_px=160, patch_px=32, width=128, depth=4, heads=4)
     run = TrainRunConfig(checkpoint_seconds=60)
     bicubic = Renderer(kernel="bicubic")
     return clip_b_100ep().model_copy(
@@ -108,7 +109,7 @@ def demo() -> PipelineConfig:
                 sampler=RandomResizedCrop(min_scale=0.5), run=ExecutionConfig(workers=2, threads=1),
             ),
             "distill": DistillConfig(
-                student=student, epochs=30, batch_size=16, drop_path=0.0, run=run,
+                student=student, epochs=30, batch_size=16, drop_path=0.0, run=DistillRunConfig(checkpoint_seconds=60),
                 optim=OptimConfig(base_lr=0.064, warmup_epochs=3),
             ),
             "finetune": FinetuneConfig(
@@ -135,7 +136,7 @@ def smoke() -> PipelineConfig:
                 epochs=4,
                 batch_size=8,
                 optim=OptimConfig(base_lr=3e-2, warmup_epochs=1),
-                run=run,
+                run=DistillRunConfig(threads=1, loaders=1, checkpoint_seconds=60),
             ),
             "finetune": base.finetune.model_copy(update={"seeds": (0,), "epochs": 2, "batch_size": 8, "run": run}),
             "evaluate": EvaluateConfig(iterations=20, pictures=2, run=run),

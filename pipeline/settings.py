@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from distill.config import find_student
+from distill.student_config import find_student
 from extract.resolve import identify_teacher
 from pipeline.config import PipelineConfig, apply_overrides, parse_assignment
 from pipeline.named_teachers import SEVERAL, split_teachers, with_others, with_weights

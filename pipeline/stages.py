@@ -68,9 +68,9 @@ STAGES: dict[str, Stage] = {
             elsewhere=lambda c: _whitening_from(c.extract_eval), has_needs=lambda c: not c.extract.whitening.is_fitted,
         ),
         Stage(
-            name="distill", command="distill", module="distill.run", version=2, config=lambda c: c.distill,
+            name="distill", command="distill", module="distill.run", version=3, config=lambda c: c.distill,
             needs=("extract",), data=None, folder="students",
-            label=lambda c: f"{teacher_label(c)}-w{c.distill.student.width}-d{c.distill.student.depth}",
+            label=lambda c: f"{teacher_label(c)}-{plain_name(c.distill.student.label)}",
             outputs=("student.safetensors", "projector.safetensors"), elsewhere=lambda c: c.distill.store,
         ),
         Stage(

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from distill.config import OptimConfig, find_student
+from distill.config import OptimConfig
 from distill.loss import feature_loss
 from distill.optim import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors, set_learning_rate
 from distill.student import DistillModel
+from distill.student_config import find_student
 from storage.records import FeatureSpec
 
 # ---- loss ------------------------------------------------------------------------------------------------------------

@@ -11,11 +11,12 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from distill.config import DistillConfig, OptimConfig, StudentConfig, TrainRunConfig
+from distill.config import DistillConfig, DistillRunConfig, OptimConfig
 from distill.loss import feature_loss
 from distill.run import run
 from distill.stream import DistillStream
 from distill.student import DistillModel, normalise_images
+from distill.student_config import BeitStudent, StudentConfig
 from storage.errors import ConfigError, DecantError, InputError, StoreBusyError
 from storage.image_index import load_index
 from storage.lock import hold_lock
@@ -24,8 +25,8 @@ from storage.stage import Interrupted, SilentProgress
 
 ToyStore = Callable[..., tuple[Path, Path]]
 CFG = DistillConfig(
-    student=StudentConfig(input_px=32, patch_px=8, width=32, depth=2, heads=2), epochs=8, batch_size=8,
-    optim=OptimConfig(base_lr=0.2, warmup_epochs=1), run=TrainRunConfig(device="cpu", threads=1),
+    student=BeitStudent(input_px=32, patch_px=8, width=32, depth=2, heads=2), epochs=8, batch_size=8,
+    optim=OptimConfig(base_lr=0.2, warmup_epochs=1), run=DistillRunConfig(device="cpu", threads=1),
 )  # fmt: skip
 """16 images: 16 steps."""
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.config import STUDENTS, StudentConfig, find_student
 from distill.student import DistillModel, build_student, check_grids, normalise_images
+from distill.student_config import STUDENTS, BeitStudent, StudentConfig, find_student
 from distill.targets import select_targets
 from storage.errors import ConfigError
 from storage.records import FeatureSpec
@@ -78,7 +78,7 @@ def forward_plainly(student: Any, cfg: StudentConfig, images: Tensor) -> Tensor:
     return F.layer_norm(tokens, (width,), student.norm.weight, student.norm.bias, 1e-6)
 
 
-@pytest.mark.parametrize("cfg", [TOY, StudentConfig(input_px=60, patch_px=12, width=24, depth=3, heads=3)])
+@pytest.mark.parametrize("cfg", [TOY, BeitStudent(input_px=60, patch_px=12, width=24, depth=3, heads=3)])
 def test_it_is_the_papers_student(cfg: StudentConfig) -> None:
     student = shake(build_student(cfg, drop_path=0.3)).eval()
     images = some_images(side=cfg.input_px)

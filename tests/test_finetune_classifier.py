@@ -10,9 +10,9 @@ from timm.models.beit import Beit
 from torch import Tensor
 
 from distill.checkpoint import load_weights, save_weights
-from distill.config import StudentConfig, find_student
 from distill.optim import build_optimizer
 from distill.student import build_student
+from distill.student_config import BeitStudent, StudentConfig, find_student
 from finetune.classifier import build_classifier, classifier_state, count_correct, layer_lr_scale
 from finetune.config import FinetuneConfig
 from finetune.run import student_shape
@@ -113,7 +113,7 @@ def test_layer_lr_scale(name: str, scale: float) -> None:
 
 def test_every_parameter_of_a_classifier_gets_the_share_of_its_layer() -> None:
     depth, decay = 12, 0.65
-    model = classifier_of(None, StudentConfig(input_px=32, patch_px=16, width=16, depth=depth, heads=2))
+    model = classifier_of(None, BeitStudent(input_px=32, patch_px=16, width=16, depth=depth, heads=2))
     groups = build_optimizer(model, FinetuneConfig().optim, lr_scale=layer_lr_scale(depth, decay)).param_groups
     shares = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
@@ -140,7 +140,7 @@ def test_weights_of_another_shape_are_refused(save_student: SaveStudent, changes
 
 
 def test_shape_is_read_from_the_header(save_student: SaveStudent) -> None:
-    cfg = StudentConfig(input_px=32, patch_px=16, width=48, depth=1, heads=3, layer_scale=0.0)
+    cfg = BeitStudent(input_px=32, patch_px=16, width=48, depth=1, heads=3, layer_scale=0.0)
     assert student_shape(save_student(cfg)) == cfg
 
 

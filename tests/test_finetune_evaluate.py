@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from distill.checkpoint import load_weights
-from distill.config import TrainRunConfig, find_student
+from distill.config import TrainRunConfig
 from distill.student import DistillModel, normalise_images
+from distill.student_config import find_student
 from finetune import evaluate as stage
 from finetune import run as finetuning
 from finetune.config import EvaluateConfig

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from distill.config import find_student
 from distill.student import DistillModel, normalise_images
+from distill.student_config import find_student
 from extract import run as extraction
 from extract.backends import load_teacher
 from extract.config import ExecutionConfig, ExtractConfig

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from distill.checkpoint import load_weights, save_weights
-from distill.config import OptimConfig, TrainRunConfig, find_student
+from distill.config import OptimConfig, TrainRunConfig
 from distill.student import build_student, normalise_images
+from distill.student_config import find_student
 from finetune import run as stage
 from finetune.classifier import build_classifier, count_correct
 from finetune.config import FinetuneConfig

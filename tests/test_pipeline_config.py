@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from distill.config import STUDENTS
+from distill.student_config import STUDENTS
 from pipeline.config import PipelineConfig, apply_overrides, differences, parse_assignment
 from pipeline.presets import PRESETS, load_preset
 from storage.errors import ConfigError

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pytest
 
-from distill.config import STUDENTS
+from distill.student_config import STUDENTS
 from extract.teachers import TEACHERS, find_teacher
 from pipeline.presets import PRESET_OF_TEACHER, PRESETS, load_preset, preset_for_teacher
 from storage.errors import ConfigError

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from distill.config import STUDENTS
+from distill.student_config import STUDENTS
 from pipeline.cli import COMMANDS
 from pipeline.config import PipelineConfig, apply_overrides
 from pipeline.presets import load_preset
