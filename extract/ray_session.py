@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from extract.config import ExecutionConfig
 from extract.jobs import reason_of
 from storage.errors import ConfigError, DecantError, DiskError
 
+_CLUSTER_PATIENCE_SECONDS = 5.0
+"""For a cluster to take a connection. Ray itself asks one that is dead for minutes, and hears no signal meanwhile."""
 _OBJECT_STORE_BYTES = 100 * 2**20
 """We need almost none, and a large one fails in containers with a small /dev/shm."""
 _OUR_PACKAGES = ("extract", "storage")
@@ -23,7 +26,7 @@ def ray_session(cfg: ExecutionConfig) -> Iterator[None]:
     """Ray for the length of the block; one that the process has already is left as it is.
 
     Raises:
-        ConfigError: an address of a kind that is not supported.
+        ConfigError: an address of a kind that is not supported, or where no cluster answers.
         DecantError: no Ray can be had.
     """
     import ray
@@ -31,11 +34,7 @@ def ray_session(cfg: ExecutionConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    if cfg.ray_address and cfg.ray_address.startswith("ray://"):
-        raise ConfigError(
-            f"{cfg.ray_address} is an address of the Ray Client, which loses its workers with the connection; give the "
-            "command on a machine of the cluster with --ray-address auto, or by `ray job submit`"
-        )
+    address = _find_cluster(cfg.ray_address) if cfg.ray_address else "local"
     if not Path.home().is_dir():
         raise DiskError(f"Ray keeps its access token in the home folder, and {Path.home()} does not exist; set HOME")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -43,7 +42,7 @@ def ray_session(cfg: ExecutionConfig) -> Iterator[None]:
     sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
-            address=cfg.ray_address or "local", log_to_driver=False, logging_level="ERROR",
+            address=address, log_to_driver=False, logging_level="ERROR",
             **(_on_a_cluster() if cfg.ray_address else _on_this_machine(cfg)),
         )  # fmt: skip
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
@@ -56,6 +55,37 @@ def ray_session(cfg: ExecutionConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _find_cluster(wanted: str) -> str:
+    """`host:port` of a cluster that takes a connection.
+
+    Args:
+        wanted: a cluster's address, or `auto` for the one that Ray itself finds: by RAY_ADDRESS, by a process of this
+            machine, or in the file that `ray start` wrote.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    named = (wanted == "auto" and os.environ.get("RAY_ADDRESS")) or wanted
+    if "://" in named:
+        raise ConfigError(
+            f"{named} is an address of the Ray Client, which loses its workers with the connection; give the "
+            "command on a machine of the cluster with --ray-address auto, or by `ray job submit`"
+        )
+    address: str | None = named
+    try:
+        address = canonicalize_bootstrap_address(named)
+        if address is None:  # RAY_ADDRESS=local
+            return "local"
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), _CLUSTER_PATIENCE_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        found = f"{address}, which is what {wanted} means here" if address != wanted else wanted
+        raise ConfigError(
+            f"no Ray cluster answers at {found}: {reason_of(error)}; start one there (`ray start --head`), name one "
+            "that runs (--ray-address HOST:PORT), or leave --ray-address out for a local Ray"
+        ) from error
+    return address
 
 
 def _on_this_machine(cfg: ExecutionConfig) -> dict[str, Any]:

@@ -1,0 +1,71 @@
+"""Ray that is begun: a cluster that is not there is told at once, and signals meanwhile are ours."""
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+import ray
+from ray._private import services
+
+from extract.config import ExecutionConfig
+from extract.ray_session import ray_session
+from storage.errors import ConfigError
+
+
+@pytest.fixture
+def never_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself asks a cluster that is dead for minutes, and hears no signal meanwhile."""
+
+    def init(**arguments: object) -> None:
+        raise AssertionError("Ray was asked")
+
+    monkeypatch.setattr(ray, "init", init)
+
+
+@pytest.fixture
+def dead_port() -> Iterator[int]:
+    """One of this machine, where nobody listens."""
+    with socket.socket() as kept:
+        kept.bind(("", 0))
+        yield kept.getsockname()[1]
+
+
+def refused(address: str) -> str:
+    with (
+        pytest.raises(ConfigError) as caught,
+        ray_session(ExecutionConfig(executor="ray", ray_address=address)),
+    ):
+        pass
+    return str(caught.value)
+
+
+@pytest.mark.usefixtures("never_asked")
+def test_a_cluster_that_does_not_answer_is_told_at_once(dead_port: int) -> None:
+    said = refused(f"127.0.0.1:{dead_port}")
+    assert f":{dead_port}" in said
+    assert "ConnectionRefusedError" in said
+    assert "ray start --head" in said
+
+
+@pytest.mark.usefixtures("never_asked")
+def test_so_is_one_that_is_gone_but_still_written_down(dead_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(services, "find_gcs_addresses", set)
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda temp_dir: f"127.0.0.1:{dead_port}")
+    assert f":{dead_port}, which is what auto means here: ConnectionRefusedError" in refused("auto")
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda temp_dir: None)
+    assert "Could not find any running Ray instance" in refused("auto")
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{dead_port}")
+    assert f":{dead_port}, which is what auto means here" in refused("auto")
+
+
+@pytest.mark.usefixtures("never_asked")
+@pytest.mark.parametrize("address", ["nonsense", "host:port", "host:99999999"])
+def test_what_is_no_address_is_refused(address: str) -> None:
+    assert f"no Ray cluster answers at {address}" in refused(address)
+
+
+@pytest.mark.usefixtures("never_asked")
+def test_an_address_of_the_ray_client_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "ray://host:10001 is an address of the Ray Client" in refused("ray://host:10001")
+    monkeypatch.setenv("RAY_ADDRESS", "ray://host:10001")
+    assert "ray://host:10001 is an address of the Ray Client" in refused("auto")
