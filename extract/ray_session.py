@@ -12,6 +12,7 @@ from typing import Any
 from extract.config import ExecutionConfig
 from extract.jobs import reason_of
 from storage.errors import ConfigError, DecantError, DiskError
+from storage.stage import Terminated
 
 _CLUSTER_PATIENCE_SECONDS = 5.0
 """For a cluster to take a connection. Ray itself asks one that is dead for minutes, and hears no signal meanwhile."""
@@ -28,6 +29,7 @@ def ray_session(cfg: ExecutionConfig) -> Iterator[None]:
     Raises:
         ConfigError: an address of a kind that is not supported, or where no cluster answers.
         DecantError: no Ray can be had.
+        Terminated: SIGTERM came while Ray began.
     """
     import ray
 
@@ -45,12 +47,14 @@ def ray_session(cfg: ExecutionConfig) -> Iterator[None]:
             address=address, log_to_driver=False, logging_level="ERROR",
             **(_on_a_cluster() if cfg.ray_address else _on_this_machine(cfg)),
         )  # fmt: skip
+    except SystemExit as error:  # by Ray's own handler, which is there until `ray.init` is over
+        raise Terminated from error
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         where = f"the cluster at {cfg.ray_address}" if cfg.ray_address else "a local Ray"
         raise DecantError(f"cannot use {where}: {reason_of(error)}; --executor process needs no Ray") from error
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, sigterm)  # ray.init puts its own handler there
+            signal.signal(signal.SIGTERM, sigterm)
     try:
         yield
     finally:

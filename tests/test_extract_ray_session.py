@@ -1,6 +1,8 @@
 """Ray that is begun: a cluster that is not there is told at once, and signals meanwhile are ours."""
 
+import signal
 import socket
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +12,7 @@ from ray._private import services
 from extract.config import ExecutionConfig
 from extract.ray_session import ray_session
 from storage.errors import ConfigError
+from storage.stage import Terminated, raise_on_sigterm
 
 
 @pytest.fixture
@@ -69,3 +72,18 @@ def test_an_address_of_the_ray_client_is_refused(monkeypatch: pytest.MonkeyPatch
     assert "ray://host:10001 is an address of the Ray Client" in refused("ray://host:10001")
     monkeypatch.setenv("RAY_ADDRESS", "ray://host:10001")
     assert "ray://host:10001 is an address of the Ray Client" in refused("auto")
+
+
+def test_sigterm_while_ray_begins_ends_the_command_as_at_any_other_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray has a handler of its own by then, which exits."""
+
+    def init(**arguments: object) -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(ray, "init", init)
+    with raise_on_sigterm():
+        ours = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(Terminated), ray_session(ExecutionConfig(executor="ray")):
+            pass
+        assert signal.getsignal(signal.SIGTERM) is ours
