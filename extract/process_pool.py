@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -73,16 +74,25 @@ class ProcessPool:
         self._context.set_forkserver_preload(_SERVER_KNOWS)
         self._numbers = itertools.count()
         self._workers: dict[int, _Process] = {}
+        self._stillborn: list[Died] = []
 
     def start(self) -> int:
+        """A worker that cannot be started, as when the server process was killed, is one that died."""
         number, gpus = next(self._numbers), self._free_gpus.pop(0)
         ours, theirs = self._context.Pipe()
         process = self._context.Process(
             target=_serve, args=(theirs, self._make_work, gpus), name=f"decant-worker-{number}", daemon=True
         )
-        process.start()
+        try:
+            _ensure_server()
+            process.start()
+        except (EOFError, OSError) as error:
+            ours.close()
+            self._free_gpus.append(gpus)
+            self._stillborn.append(Died(number, f"its process could not be started: {reason_of(error)}"))
+        else:
+            self._workers[number] = _Process(process, ours, gpus, {}, itertools.count())
         theirs.close()
-        self._workers[number] = _Process(process, ours, gpus, {}, itertools.count())
         return number
 
     def submit(self, worker: int, job: Job) -> None:
@@ -93,6 +103,9 @@ class ProcessPool:
             found.pipe.send(call)
 
     def wait(self, seconds: float) -> Sequence[Event]:
+        if self._stillborn:
+            events, self._stillborn = self._stillborn, []
+            return events
         ends = {found.pipe: number for number, found in self._workers.items()}
         ends |= {found.process.sentinel: number for number, found in self._workers.items()}
         numbers = dict.fromkeys(ends[end] for end in wait(list(ends), seconds))  # type: ignore[index]
@@ -109,11 +122,27 @@ class ProcessPool:
         yield Died(number, _how_it_ended(found.process.exitcode))
 
     def kill(self, worker: int) -> None:
-        found = self._workers.pop(worker)
+        found = self._workers.pop(worker, None)
+        if found is None:  # it was never there
+            return
         found.process.kill()
         found.process.join(_PATIENCE_SECONDS)  # one that waits for a dead disk cannot be ended
         found.pipe.close()
         self._free_gpus.append(found.gpus)
+
+
+def _ensure_server() -> None:
+    """Have the server process run, deaf to SIGTERM: one to the whole process group, as batch systems send it, must
+    leave it alive, or workers that are to end in peace would seem to be gone with it.
+
+    Blocked here for a moment, the signal stays blocked in what is started; none that is sent to us meanwhile is lost.
+    """
+    resource_tracker.ensure_running()  # otherwise started below, where it would let the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _event(number: int, found: _Process, answer: _Answer) -> Event:

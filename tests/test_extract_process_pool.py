@@ -1,11 +1,13 @@
 """Workers as processes: what they say travels, they see their own GPUs only, none outlives the driver."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 from extract.config import ExecutionConfig
 from extract.jobs import FailedJob, Job
 from extract.process_pool import open_process_pool
-from storage.errors import ConfigError, StoreBusyError
+from storage.errors import ConfigError, DecantError, StoreBusyError
 from storage.records import ShardEntry
 from storage.stage import StopRequest
 from tests.fixtures.jobs import Worker, attempts, carry_out, entry_of
@@ -137,6 +139,79 @@ def test_no_worker_outlives_a_driver_that_is_killed(tmp_path: Path) -> None:
     while any(map(is_alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(is_alive, workers))
+
+
+STOPPED = """
+import sys, time
+from pathlib import Path
+from tests.fixtures.jobs import carry_out
+from extract.config import ExecutionConfig
+from storage.stage import Interrupted, stop_on_signals
+
+def sleep(job, attempt, folder):
+    (folder / f"begun-{job}").touch()
+    time.sleep(2)
+
+if __name__ == "__main__":
+    cfg = ExecutionConfig(executor="process", workers=1, device="cpu")
+    with stop_on_signals() as stop:
+        try:
+            carry_out(Path(sys.argv[1]), sleep, 4, cfg, stop=stop)
+        except Interrupted:
+            sys.exit(77)
+"""
+
+
+def test_sigterm_to_the_whole_group_lets_what_is_under_way_end(tmp_path: Path) -> None:
+    """As batch systems send it: to the driver, to the server process and to the workers."""
+    script, folder = tmp_path / "driver.py", tmp_path / "folder"
+    script.write_text(STOPPED)
+    folder.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    with subprocess.Popen(
+        [sys.executable, str(script), str(folder)], cwd=PROJECT, env=environment, start_new_session=True
+    ) as driver:
+        deadline = time.monotonic() + 60
+        while not list(folder.glob("begun-*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(driver.pid, signal.SIGTERM)
+        assert driver.wait(60) == 77
+    assert [path.name for path in folder.glob("done-*")] == ["done-0"]
+
+
+# ---- processes that cannot be started --------------------------------------------------------------------------------
+
+
+def test_a_worker_that_cannot_be_started_is_one_that_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server process is lost while it is asked for a new one, or files run out."""
+    failures = [EOFError("unexpected EOF"), BrokenPipeError(errno.EPIPE, "Broken pipe"), OSError(errno.EMFILE, "files")]
+    start = ForkServerProcess.start
+
+    def fail(process: ForkServerProcess) -> None:
+        if failures:
+            raise failures.pop(0)
+        start(process)
+
+    monkeypatch.setattr(ForkServerProcess, "start", fail)
+    assert carry_out(tmp_path, work, 2, CFG) == [entry_of(0), entry_of(1)]
+    assert not failures
+
+    def always_fail(process: ForkServerProcess) -> None:
+        raise EOFError("unexpected EOF")
+
+    monkeypatch.setattr(ForkServerProcess, "start", always_fail)
+    with pytest.raises(DecantError, match="the last one: its process could not be started: EOFError: unexpected EOF"):
+        carry_out(tmp_path, work, 2, CFG)
+
+
+def kill_the_server(job: int, attempt: int, folder: Path) -> None:
+    if job == 1 and attempt == 1:
+        os.kill(os.getppid(), signal.SIGKILL)
+
+
+def test_a_server_process_that_is_killed_is_started_again(tmp_path: Path) -> None:
+    outcomes = carry_out(tmp_path, kill_the_server, 4, CFG)
+    assert sorted(outcomes, key=str) == [entry_of(job) for job in range(4)]
 
 
 # ---- GPUs ------------------------------------------------------------------------------------------------------------
