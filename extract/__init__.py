@@ -56,6 +56,7 @@ sharing.py     which jobs are this driver's, where several fill the same stores
 trial.py       how fast an extraction would go
 preflight.py   is there a place for the stores, before a teacher is loaded
 retry.py       forgets what was given up
+online.py      a teacher in the training loop, without a store
 join.py        helps a command that is filling a store
 run.py         the stage: one store, or several in one pass over the images
 """

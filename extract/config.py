@@ -1,7 +1,7 @@
 """Settings of the extraction stage."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator
 
@@ -124,3 +124,8 @@ class ExtractConfig(Schema):
     @property
     def images_per_shard(self) -> int:
         return max(1, self.records_per_shard // self.views)
+
+    def stored_exactly(self) -> Self:
+        """The same teacher on the same views, in the plainest store: every token as float16, and no pixels."""
+        plain = {"layout": "zarr", "encoding": Fp16(), "token_fraction": 1.0, "keep_views": False}
+        return self.model_copy(update=plain)

@@ -72,10 +72,10 @@ def build_plan(
         agreement = compare_with_float32(
             teacher, iter_sample_views(plan, images, teacher.spec.input_px, _COMPARED_VIEWS)
         )
-    shared = None if whitening_from is None else _shared_whitening(plan, whitening_from)
+    shared = None if whitening_from is None else shared_whitening(plan, whitening_from)
     if begun is not None and _without_fit(begun, plan) == plan:
         return PlannedStore(begun, _statistics_of_begun(begun, out_dir, shared, sample), agreement)
-    fitted = shared or _fit(plan, sample)
+    fitted = shared or fit_on(plan, sample)
     if fitted is not None:
         plan = plan.model_copy(update={"whitening": fitted.whitening})
     statistics = NO_STATISTICS if fitted is None else fitted.statistics
@@ -123,11 +123,16 @@ def _without_fit(begun: StorePlan, plan: StorePlan) -> StorePlan:
     return begun.model_copy(update={"whitening": begun.whitening.unfitted(), "encoding": encoding})
 
 
-def _fit(plan: StorePlan, sample: Sample) -> Fitted | None:
+def fit_on(plan: StorePlan, sample: Sample) -> Fitted | None:
+    """What a plan's whitening learns of a sample; None where it learns nothing.
+
+    Raises:
+        InputError: views that nothing can be learnt from.
+    """
     return fit_whitening(plan.whitening, sample()) if isinstance(plan.whitening, MeanStd | Pca) else None
 
 
-def _shared_whitening(plan: StorePlan, location: Path | str) -> Fitted | None:
+def shared_whitening(plan: StorePlan, location: Path | str) -> Fitted | None:
     """The whitening of another store; None where it learns nothing.
 
     Raises:
@@ -160,7 +165,7 @@ def _statistics_of_begun(begun: StorePlan, root: Path, shared: Fitted | None, sa
     except DamagedError as error:
         again = None
         with contextlib.suppress(InputError):  # too few tokens where the whitening is another store's
-            again = _fit(begun.model_copy(update={"whitening": begun.whitening.unfitted()}), sample)
+            again = fit_on(begun.model_copy(update={"whitening": begun.whitening.unfitted()}), sample)
         if again is not None and again.whitening == begun.whitening:
             return again.statistics
         raise DamagedError(

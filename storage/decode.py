@@ -1,7 +1,9 @@
 """How image bytes become pixels. The bytes are untrusted: sizes are checked before memory is taken."""
 
+import contextlib
 import io
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
@@ -43,6 +45,22 @@ def decode_image(data: bytes) -> NDArray[np.uint8]:
     return _decode_with_pillow(data) if pixels is None else pixels
 
 
+def read_size(data: bytes) -> tuple[int, int]:
+    """Height and width of the pixels that `decode_image` would give, by the header alone.
+
+    Raises:
+        BadImageError: not an image, or too large. What comes behind the header is not looked at.
+    """
+    if data[:3] == _JPEG_START:
+        with contextlib.suppress(ValueError):  # Pillow decides
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+            _check_size(int(height), int(width))
+            return int(height), int(width)
+    with _pillows_errors():
+        image = _open_with_pillow(data)
+        return image.height, image.width
+
+
 def _decode_plain_jpeg(data: bytes) -> NDArray[np.uint8] | None:
     """Pixels, or None for Pillow to decide."""
     try:
@@ -59,13 +77,26 @@ def _decode_plain_jpeg(data: bytes) -> NDArray[np.uint8] | None:
 
 
 def _decode_with_pillow(data: bytes) -> NDArray[np.uint8]:
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=DECODERS)
-        _check_size(image.height, image.width)
+    with _pillows_errors():
+        image = _open_with_pillow(data)
         if image.mode.startswith("I"):
             return _high_byte(np.array(image))
-        image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+        image = image.convert("L" if image.mode in ("1", "L") else "RGB")  # and what it was is free
         return np.asarray(image)
+
+
+def _open_with_pillow(data: bytes) -> Image.Image:
+    """An image of which the header alone was read."""
+    image: Image.Image = Image.open(io.BytesIO(data), formats=DECODERS)
+    _check_size(image.height, image.width)
+    return image
+
+
+@contextlib.contextmanager
+def _pillows_errors() -> Iterator[None]:
+    """Whatever Pillow raises becomes one error."""
+    try:
+        yield
     except BadImageError:
         raise
     except Image.DecompressionBombError as error:
