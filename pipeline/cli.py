@@ -4,6 +4,7 @@ import functools
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,6 +128,25 @@ for _store_command in STORE_COMMANDS:
 @cli.command(help="The teachers by name: what they see and give, what they cost, their licence.")
 def teachers() -> None:
     show_teachers()
+
+
+def _saying_what_breaks(act: Callable[..., Any]) -> Callable[..., Any]:
+    """A command whose own broken pipes and ended files are told as the bugs that they are. click takes the one for a
+    reader of our output that has left, and is silent, and the other for an interruption; rich sees to our output."""
+
+    @functools.wraps(act)
+    def call(*arguments: Any, **options: Any) -> Any:
+        try:
+            return act(*arguments, **options)
+        except (BrokenPipeError, EOFError) as error:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+    return call
+
+
+for _made in cli.commands.values():
+    if _made.callback is not None:
+        _made.callback = _saying_what_breaks(_made.callback)
 
 
 def run_stages(

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM while libraries are loaded, images are listed and a teacher is loaded: never a traceback."""
 
+import errno
 import os
 import random
 import signal
@@ -8,9 +9,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipeline import cli
 from storage.stage import Terminated, raise_on_sigterm, stop_on_signals
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -55,6 +58,22 @@ def test_sigterm_ends_at_once_where_nothing_is_under_way() -> None:
     with pytest.raises(Terminated), raise_on_sigterm():
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "Broken pipe"), EOFError("nothing more")], ids=type)
+def test_what_breaks_between_our_own_processes_is_no_interruption(
+    error: Exception, decant: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """click is silent about a broken pipe, and takes the end of a file for a Ctrl-D."""
+
+    def breaks() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "show_teachers", breaks)
+    outcome = decant("teachers")
+    assert outcome.code == 1
+    assert f"bug: RuntimeError: {type(error).__name__}: {error}" in outcome.err
+    assert "interrupted" not in outcome.err
 
 
 def test_the_second_signal_ends_at_once() -> None:
