@@ -10,9 +10,23 @@ objective.py   what one teacher's store asks of a student: a batch to a loss
 live.py        the other way: a teacher that runs in every step, given from outside
 stream.py      a store and its images to batches
 student.py     the student and its projector
-loss.py        the loss
+loss.py        the losses
 optim.py       parameter groups, learning rate as a function of the step
+device.py      where the student is trained, and in which precision
+transfer.py    batches to the device while the one before is computed
+parallel.py    one model on several devices
+ema.py         a running mean of the weights
+state.py       all that a training has learnt, as tensors by name
 checkpoint.py  atomic, hashed checkpoints; the newest valid one wins
+trackers.py    where curves go: a file, TensorBoard and others
+gauges.py      loss, speed, waiting and memory while it runs
 loop.py        the training loop, which fine-tuning runs too
+job.py         one distillation as data
+session.py     one process's work on it: stores, model, loss, training, results
+relay.py       progress and stops between processes, by files
+worker.py      one of several processes
+agent.py       torchrun that ends with the command that started it
+launch.py      several processes for one distillation
+launch_ray.py  the same by Ray Train; the only file here that knows Ray
 run.py         the stage
 """

@@ -10,9 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import safetensors.torch
 import torch
-from torch import nn
 
-from distill.optim import load_optimizer_tensors, optimizer_tensors
 from storage.atomic import private_name, publish, remove_tree, write_file, write_private
 from storage.errors import DamagedError
 from storage.fingerprint import digest_bytes, digest_file
@@ -40,20 +38,13 @@ class Checkpoint(NamedTuple):
 
 
 def save_checkpoint(
-    folder: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    run_digest: str,
-    facts: Mapping[str, Any],
+    folder: Path, step: int, tensors: Mapping[str, torch.Tensor], run_digest: str, facts: Mapping[str, Any]
 ) -> None:
     """Save the state after `step` steps and drop all but the newest two, and what killed writers left."""
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".*.partial"):
         leftover.unlink(missing_ok=True)
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors(optimizer)}
-    data = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    data = safetensors.torch.save(dict(tensors))
     path = folder / f"step-{step:08d}.safetensors"
     private = private_name(path)
     try:
@@ -71,29 +62,25 @@ def save_checkpoint(
             old.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
-def load_checkpoint(folder: Path, run_digest: str, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest valid checkpoint of this very run; None when there is none."""
+def load_checkpoint(
+    folder: Path, run_digest: str, say: Callable[[str], None], *, at: int | None = None
+) -> Checkpoint | None:
+    """The newest valid checkpoint of this very run; None when there is none.
+
+    Args:
+        at: only that of this step.
+    """
     for head_path in sorted(folder.glob("step-*.json"), reverse=True):
         tensors_path = head_path.with_suffix(".safetensors")
         try:
             head = CheckpointHead.from_file(head_path, head_path.read_bytes())
             if digest_file(tensors_path) != head.tensors_digest:
                 raise DamagedError(f"{tensors_path.name} is not what was saved")
-            if head.run_digest == run_digest:
+            if head.run_digest == run_digest and at in (None, head.step):
                 return Checkpoint(head.step, head.facts, safetensors.torch.load_file(tensors_path))
         except (DamagedError, OSError, safetensors.SafetensorError) as error:
             say(f"checkpoint {head_path.name} is damaged ({error}); falling back to the one before")
     return None
-
-
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's tensors back."""
-    parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}}
-    for key, value in checkpoint.tensors.items():
-        part, _, name = key.partition(".")
-        parts[part][name] = value
-    model.load_state_dict(parts["model"])
-    load_optimizer_tensors(optimizer, parts["optimizer"])
 
 
 def save_weights(path: Path, state: Mapping[str, torch.Tensor], facts: Mapping[str, str]) -> None:

@@ -1,12 +1,11 @@
 """The training loop, read from top to bottom; distillation and fine-tuning both run it.
 
 Every step is a function of (seed, step): the batch, and the generator behind drop path. So a run that was killed and
-resumed from a checkpoint ends with the same bytes as one that was not.
+resumed from a checkpoint ends with the same bytes as one that was not. A step's batch is computed in parts, over
+processes and one after the other; what a part sees and draws depends on its number alone, not on who computes it.
 """
 
-import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,17 +13,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from distill.checkpoint import load_checkpoint, remove_checkpoints, restore, save_checkpoint
-from storage.errors import DecantError
+from distill.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
+from distill.gauges import Gauges, refuse_non_finite
+from distill.parallel import ALONE, Team, whole, without_exchange
+from distill.state import TrainState
+from distill.trackers import Tracker
 from storage.fingerprint import digest_json
 from storage.stage import Progress, StopRequest
 
-HISTORY_POINTS = 200
-"""Points of a training curve, at most."""
-
 
 class Batch(Protocol):
-    """What the loop asks of a batch; the loss function knows the rest."""
+    """What the loop asks of a part of a step's batch; the loss function knows the rest."""
 
     @property
     def step(self) -> int: ...
@@ -36,14 +35,19 @@ class Batch(Protocol):
 class Training:
     """What to train and on what."""
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
+    state: TrainState
+    forward: nn.Module | None = None
+    """What the loss calls: the model itself, or what exchanges its gradients with other processes."""
     set_lr: Callable[[int], float]
     """Puts the learning rate of a step into the optimiser, and returns it."""
     batches: Callable[[int], Iterator[Any]]
-    """All batches from a step on."""
+    """This process's parts of all steps from a step on."""
     loss: Callable[[Any], Tensor]
+    """The mean loss of a part."""
     num_steps: int
+    images_per_step: int
+    parts: int = 1
+    """Of each step's batch, for this process."""
     clip_grad: float
     seed: int
     out_dir: Path
@@ -51,6 +55,9 @@ class Training:
     run_digest: str
     """Of everything that must be the same for a checkpoint to be continued."""
     checkpoint_seconds: float
+    team: Team = ALONE
+    trackers: Callable[[int], Sequence[Tracker]] = lambda start: ()
+    """Opened at the step that the run goes on from; by the first process alone."""
 
 
 @dataclass
@@ -74,51 +81,66 @@ def train(run: Training, progress: Progress, stop: StopRequest) -> TrainingLog:
         Interrupted: after saving a checkpoint, because a stop was asked for.
         DecantError: the loss is not finite; the weights were not touched and the batch's keys are on disk.
     """
-    # ---- resume ------------------------------------------------------------------------------------------------------
-    checkpoint_dir = run.out_dir / "checkpoints"
-    log, start = TrainingLog(), 0
-    checkpoint = load_checkpoint(checkpoint_dir, run.run_digest, progress.say)
-    if checkpoint is not None:
-        restore(checkpoint, run.model, run.optimizer)
-        log, start = TrainingLog(**checkpoint.facts), checkpoint.step
-        log.resumed_at.append(start)
-        progress.say(f"resuming at step {start} of {run.num_steps}")
-    progress.start(run.num_steps, "steps", done=start)
+    model, optimizer, ema = run.state
+    forward, team = run.forward or model, run.team
+    device = next(model.parameters()).device
 
-    def save(step: int) -> None:
-        log.seconds += time.monotonic() - clock.saved
-        clock.saved = time.monotonic()
-        save_checkpoint(checkpoint_dir, step, run.model, run.optimizer, run.run_digest, vars(log))
+    # ---- resume ------------------------------------------------------------------------------------------------------
+    log, start = _resume(run, progress)
+    gauges = Gauges(run, start, log, progress)
 
     # ---- loop --------------------------------------------------------------------------------------------------------
-    run.model.train()
-    clock = _Clock()
-    every = max(1, run.num_steps // HISTORY_POINTS)
-    for batch in run.batches(start):
-        step = batch.step
-        log.wait_seconds += clock.waited()
-        torch.manual_seed(_step_seed(run.seed, step))
+    model.train()
+    batches = run.batches(start)
+    for step in range(start, run.num_steps):
         lr = run.set_lr(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss, keys = torch.zeros((), device=device), []
+        for part in range(run.parts):
+            with gauges.waiting():
+                batch = next(batches)
+            torch.manual_seed(part_seed(run.seed, step, part * team.size + team.rank))
+            with without_exchange(forward, wanted=part < run.parts - 1):
+                part_loss = run.loss(batch) / run.parts
+                part_loss.backward()
+            loss += part_loss.detach()
+            keys += batch.keys
+        grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), run.clip_grad))
 
-        loss = run.loss(batch)
-        run.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.clip_grad)
-        log.recent.append(loss.item())
-        _refuse_non_finite(run, batch, log.recent[-1], float(grad_norm))
-        run.optimizer.step()
+        mean_loss, norm = (team.total(torch.stack([loss, grad_norm])) / team.size).tolist()
+        refuse_non_finite(run, step, keys, mean_loss, norm)
+        optimizer.step()
+        if ema is not None:
+            ema.update()
 
-        done = step + 1
-        if done % every == 0 or done == run.num_steps:
-            log.history.append({"step": done, "loss": sum(log.recent) / len(log.recent), "lr": lr})
-            log.recent.clear()
-        progress.advance(1, loss=f"{loss.item():.4f}", lr=f"{lr:.1e}")
-        if stop or time.monotonic() - clock.saved > run.checkpoint_seconds:
-            save(done)
-            stop.check()
-        clock.tick()
-    log.seconds += time.monotonic() - clock.saved
+        gauges.step_done(step + 1, mean_loss, lr, norm)
+        is_stopped, is_due = team.any(bool(stop), gauges.seconds_since_save > run.checkpoint_seconds)
+        if is_stopped or is_due:
+            gauges.before_save()
+            tensors = run.state.tensors()
+            if team.is_first:
+                save_checkpoint(run.out_dir / "checkpoints", step + 1, tensors, run.run_digest, vars(log))
+        if is_stopped:
+            gauges.close()
+            stop.agreed()
+    gauges.close()
     return log
+
+
+def _resume(run: Training, progress: Progress) -> tuple[TrainingLog, int]:
+    """The log and the step to go on from; all processes take the checkpoint that the first one finds valid."""
+    folder = run.out_dir / "checkpoints"
+    found = load_checkpoint(folder, run.run_digest, progress.say) if run.team.is_first else None
+    step = run.team.agree(found.step if found else None)
+    if step is None:
+        return TrainingLog(), 0
+    found = found or load_checkpoint(folder, run.run_digest, progress.say, at=step)
+    assert found is not None, f"step {step} is in {folder} of the first process, not in that of {run.team.rank}"
+    run.state.load(found.tensors)
+    log = TrainingLog(**found.facts)
+    log.resumed_at.append(step)
+    progress.say(f"resuming at step {step} of {run.num_steps}")
+    return log, step
 
 
 def finish(run: Training) -> None:
@@ -126,34 +148,6 @@ def finish(run: Training) -> None:
     remove_checkpoints(run.out_dir / "checkpoints")
 
 
-class _Clock:
-    def __init__(self) -> None:
-        self.saved = self._ticked = time.monotonic()
-
-    def tick(self) -> None:
-        self._ticked = time.monotonic()
-
-    def waited(self) -> float:
-        return time.monotonic() - self._ticked
-
-
-def _step_seed(seed: int, step: int) -> int:
-    return int(digest_json([seed, step])[:15], 16)
-
-
-def _refuse_non_finite(run: Training, batch: Batch, loss: float, grad_norm: float) -> None:
-    if grad_norm == grad_norm and abs(loss) < float("inf") and grad_norm < float("inf") and loss == loss:
-        return
-    path = run.out_dir / f"non-finite-step-{batch.step}.json"
-    path.write_text(
-        json.dumps({"step": batch.step, "loss": str(loss), "grad_norm": str(grad_norm), "keys": batch.keys})
-    )
-    raise DecantError(
-        f"loss {loss} and gradient norm {grad_norm} at step {batch.step}: stopped before the update; its images "
-        f"are listed in {path}; lower optim.base_lr, or look at these images"
-    )
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one."""
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+def part_seed(seed: int, step: int, part: int) -> int:
+    """Of the generator behind one part of a step."""
+    return int(digest_json([seed, step, part])[:15], 16)

@@ -1,8 +1,8 @@
 """Stores and their images to batches: the same crop that the teachers saw, beside what the teachers said about it.
 
-A step is one batch of the global order, whatever works on it: with W processes that each compute their share in A parts,
-one after the other, the batch is cut into W x A equal parts. So which images and views a step sees depends on nothing
-but the seed and the step.
+A step is one batch of the global order, whatever works on it: with W processes that each compute their share in A
+parts, one after the other, the batch is cut into W x A equal parts. So which images and views a step sees depends on
+nothing but the seed and the step.
 """
 
 import math
@@ -66,6 +66,19 @@ class DistillBatch(NamedTuple):
     images_BHWC: Tensor  # uint8, the student's input size
     stores: tuple[StorePart, ...]
     keys: list[str]
+
+    def to(self, device: torch.device) -> "DistillBatch":
+        """The same on another device."""
+        images_BHWC = self.images_BHWC.to(device, non_blocking=True)
+        return self._replace(images_BHWC=images_BHWC, stores=tuple(part.to(device) for part in self.stores))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All of them, as they lie on the device."""
+        yield self.images_BHWC
+        for part in self.stores:
+            yield from part.encoded.values()
+            if part.positions_BS is not None:
+                yield part.positions_BS
 
 
 class _Buffer(NamedTuple):

@@ -65,17 +65,21 @@ class StopRequest:
         if self:
             raise Interrupted(self.signal_name)
 
+    def agreed(self) -> None:
+        """Raise `Interrupted` because somebody was asked to stop: this process, or another that works with it."""
+        raise Interrupted(self.signal_name)
+
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
     """The first Ctrl-C or SIGTERM asks for a stop at the next safe point, the second stops at once."""
-    request = StopRequest()
+    request = StopRequest() if request is None else request
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
 
     def ask(number: int, frame: object) -> None:
-        if request:
+        if request.signal_name:
             raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
         request.signal_name = signal.Signals(number).name
 

@@ -12,9 +12,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from distill.checkpoint import load_checkpoint, load_weights, remove_checkpoints, restore, save_checkpoint, save_weights
+from distill.checkpoint import load_checkpoint, load_weights, remove_checkpoints, save_checkpoint, save_weights
 from distill.config import OptimConfig
 from distill.optim import build_optimizer, optimizer_tensors
+from distill.state import TrainState
 from storage.errors import DamagedError
 
 Fork = Callable[[Callable[[], object]], int]
@@ -36,7 +37,7 @@ class State:
         return self.model.state_dict() | dict(optimizer_tensors(self.optimizer))
 
     def save(self, folder: Path, step: int, run: str = "run") -> None:
-        save_checkpoint(folder, step, self.model, self.optimizer, run, FACTS)
+        save_checkpoint(folder, step, TrainState(self.model, self.optimizer).tensors(), run, FACTS)
 
 
 def load(folder: Path, run: str = "run") -> tuple[int | None, list[str]]:
@@ -57,7 +58,7 @@ def test_everything_comes_back_to_the_last_bit(tmp_path: Path) -> None:
     assert found is not None
     assert found.step == 3
     assert found.facts == FACTS
-    restore(found, other.model, other.optimizer)
+    TrainState(other.model, other.optimizer).load(found.tensors)
     expected = state.tensors()
     assert set(other.tensors()) == set(expected)
     for name, value in other.tensors().items():

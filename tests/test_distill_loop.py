@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import distill.loop
+import distill.gauges
 from distill.config import OptimConfig
 from distill.loop import Training, TrainingLog, finish, train
 from distill.optim import build_optimizer, set_learning_rate
+from distill.state import TrainState
 from storage.errors import DecantError
 from storage.stage import Interrupted, SilentProgress, StopRequest
 
@@ -52,7 +53,8 @@ def make_training(
         return nn.functional.mse_loss(model(batch.inputs), batch.inputs.sum(1, keepdim=True))
 
     return Training(
-        model=model, optimizer=optimizer, set_lr=set_lr, batches=batches, loss=loss, num_steps=STEPS, clip_grad=1.0,
+        state=TrainState(model, optimizer), set_lr=set_lr, batches=batches, loss=loss, num_steps=STEPS,
+        images_per_step=8, clip_grad=1.0,
         seed=3, out_dir=out_dir, run_digest=digest, checkpoint_seconds=checkpoint_seconds,
     )  # fmt: skip
 
@@ -93,13 +95,13 @@ def stop_at(out_dir: Path, step: int) -> None:
 
 
 def weights(run: Training) -> dict[str, bytes]:
-    return {name: value.numpy().tobytes() for name, value in run.model.state_dict().items()}
+    return {name: value.numpy().tobytes() for name, value in run.state.model.state_dict().items()}
 
 
 @pytest.fixture
 def undisturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, bytes], list[dict[str, float]]]:
     """Weights and history of a run in one go, with a point of the curve every six steps."""
-    monkeypatch.setattr(distill.loop, "HISTORY_POINTS", 2)
+    monkeypatch.setattr(distill.gauges, "HISTORY_POINTS", 2)
     return weights_after(make_training(tmp_path / "undisturbed"))
 
 
@@ -197,7 +199,7 @@ def test_the_curve_is_the_mean_of_the_losses_between_its_points(
     whole = go(make_training(tmp_path / "fine")).history
     assert [point["step"] for point in whole] == list(range(1, 13))
     assert [point["lr"] for point in whole] == [0.05 * (1 - step / STEPS) for step in range(12)]
-    monkeypatch.setattr(distill.loop, "HISTORY_POINTS", 2)
+    monkeypatch.setattr(distill.gauges, "HISTORY_POINTS", 2)
     coarse = go(make_training(tmp_path / "coarse")).history
     expected = [sum(point["loss"] for point in whole[start : start + 6]) / 6 for start in (0, 6)]
     assert [point["loss"] for point in coarse] == pytest.approx(expected)
@@ -209,7 +211,7 @@ def test_steps_have_random_numbers_of_their_own(tmp_path: Path) -> None:
     drawn = []
     for seed in (1, 2):
         run = make_training(tmp_path / str(seed))
-        run.model.register_forward_hook(lambda *_: drawn.append(float(torch.rand(1))))
+        run.state.model.register_forward_hook(lambda *_: drawn.append(float(torch.rand(1))))
         torch.manual_seed(seed)
         train(run, Watch(), StopRequest())
     assert drawn[:STEPS] == drawn[STEPS:]
@@ -225,7 +227,7 @@ def test_gradients_are_clipped_and_the_rate_is_the_steps(tmp_path: Path) -> None
         norms.append(float(torch.stack([gradient.norm() for gradient in gradients]).norm()))
         rates.append(optimizer.param_groups[0]["lr"])
 
-    run.optimizer.register_step_pre_hook(note)
+    run.state.optimizer.register_step_pre_hook(note)
     go(run)
     assert max(norms) <= 1.0 + 1e-5
     assert sum(norm > 0.999 for norm in norms) >= 3, "some were longer"
@@ -234,7 +236,7 @@ def test_gradients_are_clipped_and_the_rate_is_the_steps(tmp_path: Path) -> None
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
     good = make_training(tmp_path / "good")
-    good.optimizer.register_step_post_hook(lambda *_: states.append(weights(good)))
+    good.state.optimizer.register_step_post_hook(lambda *_: states.append(weights(good)))
     states: list[dict[str, bytes]] = []
     go(good)
     (tmp_path / "bad").mkdir()

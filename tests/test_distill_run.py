@@ -16,7 +16,7 @@ from distill.loss import feature_loss
 from distill.run import run
 from distill.stream import DistillStream
 from distill.student import DistillModel, normalise_images
-from distill.student_config import BeitStudent, StudentConfig
+from distill.student_config import BeitStudent
 from storage.errors import ConfigError, DecantError, InputError, StoreBusyError
 from storage.image_index import load_index
 from storage.lock import hold_lock
@@ -76,13 +76,15 @@ def test_a_student_learns_what_the_store_says(inputs: dict[str, Path], tmp_path:
 
     # the published weights are the trained ones: they have the loss of the last steps on the store's own batches
     reader = open_store(inputs["extract"])
-    model = DistillModel(cfg.student, reader.plan.features, drop_path=0).eval()
+    model = DistillModel(cfg.student, [reader.plan.features], drop_path=0).eval()
     model.student.load_state_dict(safetensors.torch.load_file(tmp_path / "out" / "student.safetensors"))
-    model.projector.load_state_dict(safetensors.torch.load_file(tmp_path / "out" / "projector.safetensors"))
-    batch = DistillStream(reader, load_index(inputs["data"]).location, cfg).load(119)
+    model.projectors.load_state_dict(safetensors.torch.load_file(tmp_path / "out" / "projector.safetensors"))
+    batch = DistillStream([reader], load_index(inputs["data"]).location, cfg).load(119)
     with torch.no_grad():
-        pred = model(normalise_images(batch.images_BHWC, torch.device("cpu")))
-    assert float(feature_loss(pred, batch.targets_BTC, beta=2.0)) == pytest.approx(metrics["final_loss"], rel=0.05)
+        [pred] = model(normalise_images(batch.images_BHWC, torch.device("cpu")))
+    assert float(feature_loss(pred, batch.stores[0].encoded["tokens"], beta=2.0)) == pytest.approx(
+        metrics["final_loss"], rel=0.05
+    )
 
 
 def test_the_files_say_what_they_are_and_nothing_else_is_left(inputs: dict[str, Path], tmp_path: Path) -> None:
@@ -90,11 +92,13 @@ def test_the_files_say_what_they_are_and_nothing_else_is_left(inputs: dict[str, 
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "student.safetensors",
         "projector.safetensors",
+        "metrics.jsonl",
+        "tensorboard",
         "LOCK",
     }
     with safe_open(tmp_path / "out" / "student.safetensors", "pt") as file:
         facts = file.metadata()
-    assert StudentConfig.model_validate_json(facts["student"]) == CFG.student
+    assert BeitStudent.model_validate_json(facts["student"]) == CFG.student
     assert facts["store"] == open_store(inputs["extract"]).manifest.fingerprint
 
 

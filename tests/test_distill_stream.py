@@ -12,8 +12,9 @@ import zarr
 from numpy.typing import NDArray
 from PIL import Image
 
-from distill.config import DistillConfig, StudentConfig, TrainRunConfig
+from distill.config import DistillConfig, DistillRunConfig
 from distill.stream import HELD_BATCHES, DistillBatch, DistillStream, pinned_empty
+from distill.student_config import BeitStudent
 from extract.config import ExecutionConfig, ExtractConfig
 from extract.run import run
 from storage.errors import DamagedError, InputError
@@ -24,23 +25,37 @@ from storage.views import Renderer, View
 ToyStore = Callable[..., tuple[Path, Path]]
 VIEWS = 3
 CFG = DistillConfig(
-    student=StudentConfig(input_px=32, patch_px=8, width=32, depth=1, heads=2), epochs=2 * VIEWS, batch_size=5,
-    run=TrainRunConfig(device="cpu", threads=1, loaders=2),
+    student=BeitStudent(input_px=32, patch_px=8, width=32, depth=1, heads=2), epochs=2 * VIEWS, batch_size=5,
+    run=DistillRunConfig(device="cpu", threads=1, loaders=2),
 )  # fmt: skip
 
 
 def open_stream(data: Path, store: Path, cfg: DistillConfig = CFG) -> DistillStream:
-    return DistillStream(open_store(store), load_index(data).location, cfg)
+    return DistillStream([open_store(store)], load_index(data).location, cfg)
 
 
 def all_batches(stream: DistillStream, start: int = 0) -> list[DistillBatch]:
     """Copies, since a stream uses its memory again."""
     return [
         batch._replace(
-            images_BHWC=batch.images_BHWC.clone(), encoded={name: part.clone() for name, part in batch.encoded.items()}
+            images_BHWC=batch.images_BHWC.clone(),
+            stores=tuple(
+                part._replace(encoded={name: value.clone() for name, value in part.encoded.items()})
+                for part in batch.stores
+            ),
         )
         for batch in stream.batches(start)
     ]
+
+
+def encoded(batch: DistillBatch) -> dict[str, torch.Tensor]:
+    """What the only store of a batch says."""
+    (part,) = batch.stores
+    return part.encoded
+
+
+def tokens(batch: DistillBatch) -> torch.Tensor:
+    return encoded(batch)["tokens"]
 
 
 def extract(data: Path, out: Path, **settings: object) -> Path:
@@ -53,9 +68,9 @@ def assert_equal(one: DistillBatch, other: DistillBatch) -> None:
     assert one.step == other.step
     assert one.keys == other.keys
     assert one.images_BHWC.equal(other.images_BHWC)
-    assert one.encoded.keys() == other.encoded.keys()
-    for name, part in one.encoded.items():
-        assert part.numpy().tobytes() == other.encoded[name].numpy().tobytes()
+    assert encoded(one).keys() == encoded(other).keys()
+    for name, part in encoded(one).items():
+        assert part.numpy().tobytes() == encoded(other)[name].numpy().tobytes()
 
 
 @pytest.mark.parametrize("student_px", [32, 64])
@@ -71,8 +86,8 @@ def test_images_and_targets_belong_to_one_view(student_px: int, toy_store: ToySt
     assert [batch.step for batch in batches] == list(range(16 * CFG.epochs // CFG.batch_size))
     for batch in batches:
         assert batch.images_BHWC.shape == (5, student_px, student_px, 3)
-        assert batch.targets_BTC.shape == (5, 17, 24)
-        for key, pixels, target in zip(batch.keys, batch.images_BHWC, batch.targets_BTC, strict=True):
+        assert tokens(batch).shape == (5, 17, 24)
+        for key, pixels, target in zip(batch.keys, batch.images_BHWC, tokens(batch), strict=True):
             first = images.keys.index(key) * VIEWS
             (record,) = (
                 number for number in range(first, first + VIEWS) if np.array_equal(tokens_RTC[number], target.numpy())
@@ -91,7 +106,7 @@ def test_threads_memory_and_the_first_step_change_nothing(toy_store: ToyStore) -
     data, store = toy_store(views=VIEWS)
     plain = [open_stream(data, store).load(step) for step in range(19)]
     for loaders, prefetch, cache_mb, start in [(1, 1, 0, 0), (4, 9, 64, 0), (3, 2, 0, 7), (2, 4, 64, 18)]:
-        run_cfg = TrainRunConfig(loaders=loaders, prefetch=prefetch, image_cache_mb=cache_mb)
+        run_cfg = DistillRunConfig(loaders=loaders, prefetch=prefetch, image_cache_mb=cache_mb)
         batches = all_batches(open_stream(data, store, CFG.model_copy(update={"run": run_cfg})), start)
         for one, other in zip(plain[start:], batches, strict=True):
             assert_equal(one, other)
@@ -148,7 +163,7 @@ def test_the_images_may_have_moved(toy_store: ToyStore, tmp_path: Path) -> None:
     data, store = toy_store(views=VIEWS)
     before = open_stream(data, store).load(4)
     moved = (tmp_path / "images").rename(tmp_path / "elsewhere")
-    assert_equal(before, DistillStream(open_store(store), str(moved), CFG).load(4))
+    assert_equal(before, DistillStream([open_store(store)], str(moved), CFG).load(4))
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -159,12 +174,12 @@ def test_memory_is_used_again_and_a_batch_stays_valid_for_two_steps(
     loaders: int, ahead: int, toy_store: ToyStore
 ) -> None:
     data, store = toy_store(views=VIEWS)
-    cfg = CFG.model_copy(update={"run": TrainRunConfig(device="cpu", loaders=loaders, prefetch=4)})
+    cfg = CFG.model_copy(update={"run": DistillRunConfig(device="cpu", loaders=loaders, prefetch=4)})
     stream = open_stream(data, store, cfg)
     addresses: set[tuple[int, ...]] = set()
     before: DistillBatch | None = None
     for batch in stream.batches(0):
-        addresses.add((batch.images_BHWC.data_ptr(), batch.encoded["tokens"].data_ptr()))
+        addresses.add((batch.images_BHWC.data_ptr(), tokens(batch).data_ptr()))
         for held in filter(None, (before, batch)):
             assert_equal(held, stream.load(held.step))
         before = batch
@@ -192,17 +207,17 @@ def test_the_disk_is_told_of_all_records_before_they_are_read(
     monkeypatch.setattr("distill.order.POOL_IMAGES", 6)
     monkeypatch.setattr("distill.stream.POOL_IMAGES", 6)
     data, store = toy_store(views=VIEWS)
-    one_thread = TrainRunConfig(device="cpu", loaders=1)
+    one_thread = DistillRunConfig(device="cpu", loaders=1)
     stream = open_stream(data, store, CFG.model_copy(update={"run": one_thread, "batch_size": 2}))
     events: list[tuple[str, list[int]]] = []
-    read_encoded = stream.reader.read_encoded
+    read_encoded = stream.readers[0].read_encoded
 
     def read(records_B: NDArray[np.int64], out: Mapping[str, NDArray[Any]]) -> None:
         events.append(("read", records_B.tolist()))
         read_encoded(records_B, out)
 
-    monkeypatch.setattr(stream.reader, "hint", lambda records_B, views: events.append(("hint", records_B.tolist())))
-    monkeypatch.setattr(stream.reader, "read_encoded", read)
+    monkeypatch.setattr(stream.readers[0], "hint", lambda records_B, views: events.append(("hint", records_B.tolist())))
+    monkeypatch.setattr(stream.readers[0], "read_encoded", read)
     start = 5
     for _ in stream.batches(start):
         pass
@@ -229,7 +244,7 @@ def test_stored_views_are_taken_instead_of_the_images(
     store = extract(data, tmp_path / "store", **settings)
     images = index.split("train")
     rendered = open_stream(data, extract(data, tmp_path / "other"))
-    stream = DistillStream(open_store(store), str(tmp_path / "nowhere"), CFG)
+    stream = DistillStream([open_store(store)], str(tmp_path / "nowhere"), CFG)
     for step in range(10):
         one, other = stream.load(step), rendered.load(step)
         assert one.keys == other.keys, "whatever a store holds, its order is the same"
@@ -246,7 +261,7 @@ def test_a_stored_view_that_is_no_picture_is_damage(
 ) -> None:
     data, _ = make_index()
     stream = open_stream(data, extract(data, tmp_path / "store", keep_views=True))
-    monkeypatch.setattr(stream.reader, "read_jpegs", lambda records_B: [b"no picture"] * len(records_B))
+    monkeypatch.setattr(stream.readers[0], "read_jpegs", lambda records_B: [b"no picture"] * len(records_B))
     with pytest.raises(DamagedError, match=r"the view of record .* is not a whole JPEG"):
         stream.load(0)
 
@@ -256,15 +271,13 @@ def test_int8_tokens_travel_undecoded(make_index: Callable[..., tuple[Path, Imag
     plain = open_stream(data, extract(data, tmp_path / "plain"))
     stream = open_stream(data, extract(data, tmp_path / "int8", encoding={"kind": "int8"}))
     batch = stream.load(3)
-    assert {name: part.dtype for name, part in batch.encoded.items()} == {
+    assert {name: part.dtype for name, part in encoded(batch).items()} == {
         "tokens": torch.int8,
         "token_scale": torch.float16,
     }
     decoded_BTC = np.empty((5, 17, 24), np.float16)
-    stream.reader.plan.encoding.decode({name: part.numpy() for name, part in batch.encoded.items()}, decoded_BTC)
-    np.testing.assert_allclose(decoded_BTC, plain.load(3).targets_BTC.numpy(), atol=0.05)
-    with pytest.raises(ValueError, match="too many values"):
-        batch.targets_BTC  # noqa: B018  # they would be taken for tokens
+    stream.readers[0].plan.encoding.decode({name: part.numpy() for name, part in encoded(batch).items()}, decoded_BTC)
+    np.testing.assert_allclose(decoded_BTC, tokens(plain.load(3)).numpy(), atol=0.05)
 
 
 def test_a_subset_of_tokens_comes_with_its_positions(
@@ -272,10 +285,10 @@ def test_a_subset_of_tokens_comes_with_its_positions(
 ) -> None:
     data, _ = make_index()
     plain = open_stream(data, extract(data, tmp_path / "plain"))
-    assert plain.load(0).positions_BT is None
+    assert plain.load(0).stores[0].positions_BS is None
     stream = open_stream(data, extract(data, tmp_path / "few", token_fraction=0.3))
-    batch, whole_BTC = stream.load(3), plain.load(3).targets_BTC
-    assert batch.positions_BT is not None
-    for tokens_TC, all_TC, positions_T in zip(batch.targets_BTC, whole_BTC, batch.positions_BT, strict=True):
+    batch, whole_BTC = stream.load(3), tokens(plain.load(3))
+    assert batch.stores[0].positions_BS is not None
+    for tokens_TC, all_TC, positions_T in zip(tokens(batch), whole_BTC, batch.stores[0].positions_BS, strict=True):
         assert tokens_TC.equal(all_TC[positions_T])
-    assert len({tuple(row) for row in batch.positions_BT.tolist()}) > 1
+    assert len({tuple(row) for row in batch.stores[0].positions_BS.tolist()}) > 1

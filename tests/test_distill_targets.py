@@ -37,7 +37,7 @@ def test_pairs_are_those_of_the_whole_map(prefix: int) -> None:
     pred_BTC = torch.from_numpy(tokens(6, min(1, prefix) + 12, 8, seed=1))
     positions_BS = torch.from_numpy(np.stack([subset.positions(f"{n}", 0, features.num_tokens) for n in range(6)]))
     stored_BSC = full_BTC.gather(1, positions_BS.unsqueeze(-1).expand(-1, -1, 8))
-    pred_NC, target_NC = match_subset(pred_BTC, stored_BSC, positions_BS, features)
+    pred_NC, target_NC, is_cls_N = match_subset(pred_BTC, stored_BSC, positions_BS, features)
 
     student_place = {0: 0} if prefix else {}
     student_place |= {prefix + n: min(1, prefix) + n for n in range(12)}  # registers have none
@@ -49,6 +49,8 @@ def test_pairs_are_those_of_the_whole_map(prefix: int) -> None:
     ]
     assert torch.equal(pred_NC, torch.stack([pred for pred, _ in pairs]))
     assert torch.equal(target_NC, torch.stack([target for _, target in pairs]))
+    places = [place for row in positions_BS.tolist() for place in row if place in student_place]
+    assert is_cls_N.tolist() == [place == 0 and prefix > 0 for place in places]
 
 
 def test_the_loss_over_subsets_is_unbiased() -> None:
@@ -59,7 +61,8 @@ def test_the_loss_over_subsets_is_unbiased() -> None:
     for draw in range(4000):
         positions_BS = torch.from_numpy(TokenSubset(fraction=0.25).positions("image", draw, 17))[None]
         stored_BSC = full_BTC.gather(1, positions_BS.unsqueeze(-1).expand(-1, -1, 8))
-        losses.append(float(feature_loss(*match_subset(pred_BTC, stored_BSC, positions_BS, features), beta=2.0)))
+        pred_NC, target_NC, _ = match_subset(pred_BTC, stored_BSC, positions_BS, features)
+        losses.append(float(feature_loss(pred_NC, target_NC, beta=2.0)))
     whole = float(feature_loss(pred_BTC, select_targets(full_BTC, features), beta=2.0))
     standard_error = np.std(losses) / np.sqrt(len(losses))
     assert abs(np.mean(losses) - whole) < 3 * standard_error

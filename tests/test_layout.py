@@ -19,7 +19,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "finetune": {"extract", "pipeline", "open_clip", "ray"},
     "pipeline": HEAVY,
 }
-RAY_FILES = {"extract/ray_pool.py", "extract/ray_session.py"}
+RAY_FILES = {"extract/ray_pool.py", "extract/ray_session.py", "distill/launch_ray.py"}
 """The only files that may import ray."""
 
 

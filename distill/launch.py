@@ -1,0 +1,129 @@
+"""Several processes for one distillation: started, watched and stopped; torchrun's, or Ray Train's."""
+
+import importlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from distill.config import DistillRunConfig
+from distill.job import JOB_FILE, OUTCOME_FILE, PROGRESS_FILE, STOP_FILE, Job, Outcome
+from distill.relay import Follower
+from storage.atomic import write_file
+from storage.errors import ConfigError, DecantError
+from storage.stage import Interrupted, Progress, StopRequest
+
+LOG_FILE = "processes.log"
+"""What the processes print, in the run's folder."""
+MOST_RESTARTS = 3
+"""How often all processes are started again, from the newest checkpoint, because one of them was lost."""
+_POLL_SECONDS = 0.1
+_LOG_LINES = 15
+
+
+class Processes(Protocol):
+    """What a launcher started."""
+
+    def poll(self) -> int | None:
+        """The exit status once all have ended."""
+
+
+def launch(job: Job, progress: Progress, stop: StopRequest) -> dict[str, Any]:
+    """Train with `gpus` processes a machine; returns the stage's metrics.
+
+    Raises:
+        Interrupted: they saved a checkpoint, because a stop was asked for.
+        ConfigError, DecantError: what one of them raised; or they ended without a word.
+    """
+    folder = job.out_dir.absolute()
+    job = job.model_copy(
+        update={"out_dir": folder, "inputs": {name: Path(path).absolute() for name, path in job.inputs.items()}}
+    )
+    for name in (OUTCOME_FILE, PROGRESS_FILE, STOP_FILE):
+        (folder / name).unlink(missing_ok=True)
+    write_file(folder / JOB_FILE, job.model_dump_json().encode())
+    follower = Follower(folder / PROGRESS_FILE, progress)
+    with _start(job.cfg.run, folder, progress) as processes:
+        while processes.poll() is None:
+            time.sleep(_POLL_SECONDS)
+            follower.follow()
+            if stop and not (folder / STOP_FILE).exists():
+                write_file(folder / STOP_FILE, stop.signal_name.encode())
+        status = processes.poll()
+    follower.follow()
+    return _read_outcome(folder, status, stop)
+
+
+def _read_outcome(folder: Path, status: int | None, stop: StopRequest) -> dict[str, Any]:
+    path = folder / OUTCOME_FILE
+    outcome = Outcome.from_file(path, path.read_bytes()) if path.exists() else None
+    for name in (JOB_FILE, OUTCOME_FILE, PROGRESS_FILE, STOP_FILE):
+        (folder / name).unlink(missing_ok=True)
+    if outcome is None:
+        log = folder / LOG_FILE
+        last = "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:]) if log.exists() else ""
+        raise DecantError(f"the training's processes ended with status {status}; the end of {log}:\n{last}")
+    if outcome.error:
+        error = DecantError(outcome.error)
+        error.exit_code = outcome.exit_code
+        raise error
+    if outcome.interrupted or outcome.metrics is None:
+        raise Interrupted(stop.signal_name)
+    (folder / LOG_FILE).unlink(missing_ok=True)
+    return outcome.metrics
+
+
+@contextmanager
+def _start(run: DistillRunConfig, folder: Path, progress: Progress) -> Iterator[Processes]:
+    if run.launcher == "ray":
+        with importlib.import_module("distill.launch_ray").start(run, folder) as processes:
+            yield processes
+        return
+    with _torchrun(run, folder, progress) as process:
+        yield process
+
+
+@contextmanager
+def _torchrun(run: DistillRunConfig, folder: Path, progress: Progress) -> Iterator[subprocess.Popen[bytes]]:
+    """torchrun in a process group of its own, so that a Ctrl-C is heard here alone; it ends with the block."""
+    where = ["--standalone"]
+    if run.nodes > 1:
+        if run.rendezvous is None:
+            raise ConfigError(
+                f"distill.run.nodes is {run.nodes}: say where they meet, distill.run.rendezvous=HOST:PORT of this one"
+            )
+        where = [
+            f"--nnodes={run.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={run.rendezvous}", "--rdzv-id=decant"
+        ]  # fmt: skip
+    arguments = [
+        "-m", "distill.agent", *where, f"--nproc-per-node={run.gpus}", f"--max-restarts={MOST_RESTARTS}",
+        "-m", "distill.worker", str(folder / JOB_FILE),
+    ]  # fmt: skip
+    if run.nodes > 1:
+        progress.say(f"give on each of the {run.nodes - 1} other machines: {shlex.join(['python', *arguments])}")
+    root = str(Path(__file__).resolve().parent.parent)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+        "DECANT_PARENT": str(os.getpid()),
+    }
+    with (folder / LOG_FILE).open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()

@@ -1,0 +1,130 @@
+"""One model on several devices: each process holds all of it (DDP), or a part of each tensor (FSDP2).
+
+Everything that is saved is whole tensors under their own names, so a checkpoint does not depend on how many processes
+wrote it or on how they divided the model.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+_TIMEOUT = timedelta(minutes=30)
+"""Of one exchange between processes; the first one waits for the slowest to open its stores."""
+
+
+class Team(NamedTuple):
+    """The processes that train one model, as one of them sees it."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """One process writes, reports and decides."""
+        return self.rank == 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, *wishes: bool) -> list[bool]:
+        """For each wish, whether some process has it."""
+        if self.size == 1:
+            return list(wishes)
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        return [bool(votes) for votes in self.total(torch.tensor(wishes, dtype=torch.int32, device=device)).tolist()]
+
+    def agree(self, value: Any) -> Any:
+        """What the first process says."""
+        if self.size == 1:
+            return value
+        said = [value]
+        dist.broadcast_object_list(said, src=0)
+        return said[0]
+
+
+ALONE = Team()
+
+
+@contextlib.contextmanager
+def join_team(device: torch.device) -> Iterator[Team]:
+    """This process's place among those that a launcher started, by the variables that it set (RANK, WORLD_SIZE, ...);
+    or in the group that it has made already."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 and not dist.is_initialized():
+        yield ALONE
+        return
+    is_ours = not dist.is_initialized()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if is_ours:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=_TIMEOUT, device_id=device if device.type == "cuda" else None)
+    try:
+        yield Team(dist.get_rank(), dist.get_world_size())
+    finally:
+        if is_ours:
+            dist.destroy_process_group()
+
+
+def distribute(model: nn.Module, team: Team, device: torch.device, strategy: str) -> nn.Module:
+    """What is called in the place of `model`, so that gradients are means over all processes. With `fsdp` the model's
+    own parameters become parts."""
+    if team.size == 1:
+        return model
+    if strategy == "fsdp":
+        mesh = init_device_mesh(device.type, (team.size,))
+        for block in blocks_of(model):
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers of a network, as timm's models name them."""
+    found = [getattr(module, "blocks", None) for module in model.modules()]
+    return [block for blocks in found if isinstance(blocks, nn.Module) for block in blocks.children()]
+
+
+@contextlib.contextmanager
+def without_exchange(model: nn.Module, *, wanted: bool) -> Iterator[None]:
+    """Gradients of the block's backward pass stay here, to be summed with those of the next one."""
+    if not wanted:
+        yield
+    elif isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    elif isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+    else:
+        yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; of one that is spread, every process must ask at the same time."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_like(value: Tensor, wanted: Tensor) -> Tensor:
+    """A whole tensor as the process needs it that holds `wanted`."""
+    value = value.to(wanted.device)
+    if not isinstance(wanted, DTensor) or isinstance(value, DTensor):
+        return value
+    return distribute_tensor(value, wanted.device_mesh, wanted.placements)

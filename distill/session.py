@@ -1,0 +1,160 @@
+"""One process's work on a distillation: all of it, or its share."""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.checkpoint import save_weights
+from distill.config import DistillConfig
+from distill.device import autocast, choose_device, choose_precision, repeatable
+from distill.ema import Ema
+from distill.job import Job
+from distill.loop import Training, TrainingLog, finish, train
+from distill.objective import Objective
+from distill.optim import build_optimizer, learning_rate, set_learning_rate
+from distill.parallel import Team, distribute, join_team, whole
+from distill.state import TrainState
+from distill.stream import DistillBatch, DistillStream, Share
+from distill.student import DistillModel, normalise_images
+from distill.trackers import open_trackers
+from distill.transfer import on_device
+from storage.errors import ConfigError
+from storage.fingerprint import digest_json
+from storage.image_index import load_index
+from storage.reader import open_store
+from storage.stage import Progress, StopRequest
+
+
+def distill(job: Job, progress: Progress, stop: StopRequest) -> dict[str, Any]:
+    """Train a student and write `student.safetensors` and `projector.safetensors`.
+
+    Returns:
+        The stage's metrics.
+
+    Raises:
+        ConfigError: the student does not fit the store.
+    """
+    cfg = job.cfg
+    processes = cfg.run.gpus * cfg.run.nodes
+    torch.set_num_threads(cfg.run.threads or max(1, (os.cpu_count() or 1) // cfg.run.gpus))
+    device = choose_device(cfg.run.device)
+    with join_team(device) as team, repeatable(device, wanted=cfg.run.deterministic):
+        if team.size != processes:
+            raise ConfigError(
+                f"{processes} processes were asked for (distill.run.gpus x nodes), {team.size} were started; give "
+                "GPUS=... and let this program start them"
+            )
+        return _distill(job, team, device, progress, stop)
+
+
+def _distill(job: Job, team: Team, device: torch.device, progress: Progress, stop: StopRequest) -> dict[str, Any]:
+    # ---- data --------------------------------------------------------------------------------------------------------
+    cfg = job.cfg
+    index = load_index(job.inputs["data"])
+    live = job.live.open(index.split("train"), device) if job.live and cfg.online else None
+    if cfg.online and live is None:
+        raise ConfigError("an online run needs a teacher; start it as `make distill ONLINE=1`")
+    first = live.reader if live else open_store(cfg.store or job.inputs["extract"])
+    readers = [first, *(open_store(other.store) for other in cfg.also)]
+    is_cuda = device.type == "cuda"
+    share = Share(team.rank, team.size, cfg.run.accumulate)
+    stream = DistillStream(
+        readers, index.location, cfg, cache_dir=index.images.cache_dir, share=share, is_pinned=is_cuda
+    )
+    if stream.pixels.warning:
+        progress.say(
+            f"warning: {stream.pixels.warning}: the student may see slightly other pixels than the teacher did"
+        )
+    if len(stream.order) < 2:
+        raise ConfigError(f"the store {first.location} has {len(stream.order)} usable images; two are needed")
+
+    # ---- model -------------------------------------------------------------------------------------------------------
+    torch.manual_seed(cfg.seed)
+    teachers = [reader.plan.features for reader in readers]
+    model = DistillModel(cfg.student, teachers, drop_path=cfg.drop_path, grid=cfg.grid)
+    model.to(device)
+    if cfg.run.checkpoint_activations:
+        model.student.set_grad_checkpointing()
+    precision = choose_precision(cfg.run.precision, device)
+    is_compiled = is_cuda if cfg.run.compile is None else cfg.run.compile
+    if is_compiled:
+        model.compile()
+    forward = distribute(model, team, device, cfg.run.strategy)
+    optimizer = build_optimizer(model, cfg.optim)
+    ema = Ema(model, cfg.ema_decay) if cfg.ema_decay else None
+
+    # ---- objective ---------------------------------------------------------------------------------------------------
+    decoders = [live, *(None for _ in cfg.also)]
+    objectives = [
+        Objective(reader, cfg, has_cls=has_cls, decode=decode)
+        for reader, has_cls, decode in zip(readers, model.has_cls, decoders, strict=True)
+    ]
+    weights = [1.0, *(other.weight for other in cfg.also)]
+
+    def loss(batch: DistillBatch) -> Tensor:
+        with autocast(device, precision):
+            predictions = forward(normalise_images(batch.images_BHWC, device))
+        losses = [
+            weight * objective(pred_BTC, part)
+            for weight, objective, pred_BTC, part in zip(weights, objectives, predictions, batch.stores, strict=True)
+        ]
+        return torch.stack(losses).sum() / sum(weights)
+
+    def set_lr(step: int) -> float:
+        lr = learning_rate(
+            step, cfg=cfg.optim, num_steps=stream.num_steps, steps_per_epoch=len(stream.order) / cfg.batch_size,
+            batch_size=cfg.batch_size,
+        )  # fmt: skip
+        set_learning_rate(optimizer, lr)
+        return lr
+
+    # ---- train -------------------------------------------------------------------------------------------------------
+    fingerprints = [reader.manifest.fingerprint for reader in readers]
+    run_digest = digest_json([cfg.identity(), *fingerprints])
+    training = Training(
+        state=TrainState(model, optimizer, ema), set_lr=set_lr,
+        batches=lambda start: on_device(stream.batches(start), device), loss=loss, forward=forward,
+        num_steps=stream.num_steps, images_per_step=cfg.batch_size, parts=cfg.run.accumulate,
+        clip_grad=cfg.optim.clip_grad, seed=cfg.seed, out_dir=job.out_dir, run_digest=run_digest,
+        checkpoint_seconds=cfg.run.checkpoint_seconds, team=team,
+        trackers=lambda start: open_trackers(
+            cfg.run.trackers, job.out_dir, run=f"{job.out_dir.name}", settings=cfg.to_json(), start=start
+        ),
+    )  # fmt: skip
+    log = train(training, progress, stop)
+
+    # ---- results -----------------------------------------------------------------------------------------------------
+    facts = {
+        "student": cfg.student.model_dump_json(),
+        "store": fingerprints[0],
+        "whitening": first.plan.whitening.model_dump_json(),
+    }
+    if ema is not None:
+        ema.apply()
+    for name, module in (("student", model.student), ("projector", model.projectors)):
+        state = {key: whole(value) for key, value in module.state_dict().items()}
+        if team.is_first:
+            save_weights(job.out_dir / f"{name}.safetensors", state, facts)
+    if team.is_first:
+        finish(training)
+    return _metrics(cfg, team, stream, log, sum(value.numel() for value in model.student.parameters()))
+
+
+def _metrics(
+    cfg: DistillConfig, team: Team, stream: DistillStream, log: TrainingLog, parameters: int
+) -> dict[str, Any]:
+    return {
+        "steps": stream.num_steps,
+        "images": len(stream.order),
+        "first_loss": log.history[0]["loss"],
+        "final_loss": log.history[-1]["loss"],
+        "train_seconds": round(log.seconds, 2),
+        "images_per_second": round(stream.num_steps * cfg.batch_size / log.seconds, 1),
+        "wait_fraction": round(log.wait_seconds / log.seconds, 4),
+        "resumed_at": log.resumed_at,
+        "parameters": parameters,
+        "processes": team.size,
+        "history": log.history,
+    }
