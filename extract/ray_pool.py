@@ -14,7 +14,7 @@ from extract.config import ExecutionConfig, sharers_of_a_gpu
 from extract.jobs import Died, Done, Event, Job, MakeWork, Raised, Ready, reason_of
 from extract.ray_session import ray_session
 from extract.turns import Turns
-from storage.errors import ConfigError
+from storage.errors import ConfigError, DecantError
 from storage.stage import StopRequest
 
 _MOST_AT_A_TIME = 4
@@ -72,8 +72,17 @@ class RayPool:
 
     @property
     def size(self) -> int:
-        """As many as the machines that are there have room for: some may be lost, others come late."""
+        """As many as the machines that are there have room for: some may be lost, others come late.
+
+        Raises:
+            DecantError: all are lost.
+        """
         if time.monotonic() - self._looked > _LOOK_SECONDS:
+            if not self._machines():
+                raise DecantError(
+                    "Ray has lost all its machines (its raylet was killed, by the system when memory ran out?); what is "
+                    "finished is kept"
+                )
             self._size, self._looked = self._wanted(self._room()), time.monotonic()
         return self._size
 
@@ -91,7 +100,11 @@ class RayPool:
         return sum(self._of_machines(resource))
 
     def _of_machines(self, resource: str) -> list[float]:
-        return [node["Resources"].get(resource, 0.0) for node in self._ray.nodes() if node["Alive"]]
+        return [machine["Resources"].get(resource, 0.0) for machine in self._machines()]
+
+    def _machines(self) -> list[dict[str, Any]]:
+        """Those that are alive."""
+        return [node for node in self._ray.nodes() if node["Alive"]]
 
     def start(self) -> int:
         number = next(self._numbers)

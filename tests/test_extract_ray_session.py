@@ -1,4 +1,4 @@
-"""Ray that is begun: a cluster that is not there is told at once, and signals meanwhile are ours."""
+"""Ray that is begun: a cluster that is not there is told at once, and signals meanwhile are ours. And lost: that too."""
 
 import signal
 import socket
@@ -9,9 +9,11 @@ import pytest
 import ray
 from ray._private import services
 
+from extract import ray_pool
 from extract.config import ExecutionConfig
+from extract.ray_pool import RayPool
 from extract.ray_session import ray_session
-from storage.errors import ConfigError
+from storage.errors import ConfigError, DecantError
 from storage.stage import Terminated, raise_on_sigterm
 
 
@@ -87,3 +89,23 @@ def test_sigterm_while_ray_begins_ends_the_command_as_at_any_other_time(monkeypa
         with pytest.raises(Terminated), ray_session(ExecutionConfig(executor="ray")):
             pass
         assert signal.getsignal(signal.SIGTERM) is ours
+
+
+def no_worker() -> None:
+    raise AssertionError("no job, no worker")
+
+
+def test_machines_may_be_lost_but_not_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The raylet of a local Ray that the system ended would otherwise be waited for in silence."""
+    machines = [{"Alive": True, "Resources": {"CPU": 2.0}} for _ in range(2)]
+    monkeypatch.setattr(ray, "nodes", lambda: machines)
+    monkeypatch.setattr(ray_pool, "_LOOK_SECONDS", -1.0)
+    pool = RayPool(ExecutionConfig(executor="ray", device="cpu"), no_worker, 9)  # type: ignore[arg-type]
+    assert pool.size == 4
+    machines[0]["Alive"] = False
+    assert pool.size == 2
+    machines[1]["Resources"] = {}  # one without room may get company
+    assert pool.size == 1
+    machines[1]["Alive"] = False
+    with pytest.raises(DecantError, match="Ray has lost all its machines"):
+        _ = pool.size
