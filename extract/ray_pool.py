@@ -80,7 +80,7 @@ class RayPool:
         if time.monotonic() - self._looked > _LOOK_SECONDS:
             if not self._machines():
                 raise DecantError(
-                    "Ray has lost all its machines (its raylet was killed, by the system when memory ran out?); what is "
+                    "Ray has lost all its machines (its raylet was ended, by the system, out of memory?); what is "
                     "finished is kept"
                 )
             self._size, self._looked = self._wanted(self._room()), time.monotonic()

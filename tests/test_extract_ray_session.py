@@ -1,4 +1,4 @@
-"""Ray that is begun: a cluster that is not there is told at once, and signals meanwhile are ours. And lost: that too."""
+"""Ray that is begun: a cluster that is not there is told at once, and signals meanwhile are ours. And lost."""
 
 import signal
 import socket
