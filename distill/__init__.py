@@ -10,6 +10,9 @@ objective.py   what one teacher's store asks of a student: a batch to a loss
 live.py        the other way: a teacher that runs in every step, given from outside
 stream.py      a store and its images to batches
 student.py     the student and its projector
+initial_weights.py  how a student begins
+token_layout.py  any network's tokens, as prefix and grid
+token_grid.py  the grids of student and teacher
 loss.py        the losses
 optim.py       parameter groups, learning rate as a function of the step
 device.py      where the student is trained, and in which precision

@@ -1,35 +1,100 @@
-"""The student: timm's `Beit`, which equals the authors' ViT student, with the projector that is thrown away later."""
+"""The student: timm's `Beit`, which equals the authors' ViT student, or any other network of timm's; and the projectors
+that are thrown away later."""
 
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
+import timm
 import torch
+from timm.layers import DropPath
 from timm.models.beit import Beit
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
-from distill.student_config import StudentConfig
-from storage.errors import ConfigError
+from distill.initial_weights import begin_beit, begin_swinv2
+from distill.student_config import BeitStudent, StudentConfig, TimmStudent
+from distill.token_grid import GridResampler, check_grids
+from distill.token_layout import find_layout, student_tokens
+from storage.errors import ConfigError, first_line, unknown_name
 from storage.records import FeatureSpec
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """The student's input statistics in every stage, whatever the teacher's were."""
+_POSITIONS = {
+    "shared": {"use_shared_rel_pos_bias": True},
+    "per_block": {"use_rel_pos_bias": True},
+    "absolute": {"use_abs_pos_emb": True},
+}
+_NOT_ALL_TAKE = ("img_size", "global_pool", "drop_path_rate")
+"""Arguments that some of timm's networks know nothing of: a convolution takes any size, for one."""
 
 
-def build_student(cfg: StudentConfig, *, drop_path: float, **variant: Any) -> Beit:
-    """A student from random weights. By default it gives all tokens through its final norm, CLS first.
+def build_student(cfg: StudentConfig, *, drop_path: float) -> Any:
+    """A student from random weights: timm's own module, so that its tensors have timm's names.
 
-    Args:
-        variant: other arguments of timm's `Beit`, as fine-tuning needs them (classes, pooling, a table in each block).
+    Raises:
+        ConfigError: timm has no such network, or not with these arguments.
     """
-    arguments: dict[str, Any] = {
-        "num_classes": 0, "global_pool": "", "use_shared_rel_pos_bias": True, "use_rel_pos_bias": False,
-    } | variant  # fmt: skip
+    if isinstance(cfg, BeitStudent):
+        student = build_beit(cfg, drop_path=drop_path, num_classes=0, global_pool="")
+        begin_beit(student)
+        return student
+    return build_timm(cfg, drop_path=drop_path, num_classes=0, global_pool="")
+
+
+def build_beit(cfg: BeitStudent, *, drop_path: float, num_classes: int, global_pool: str) -> Beit:
+    """A ViT with the positions of `cfg`; whoever asks for it chooses its initial weights."""
+    positions = dict.fromkeys(("use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias"), False)
     return Beit(
         img_size=cfg.input_px, patch_size=cfg.patch_px, embed_dim=cfg.width, depth=cfg.depth, num_heads=cfg.heads,
-        mlp_ratio=cfg.mlp_ratio, init_values=cfg.layer_scale or None, use_abs_pos_emb=False, drop_path_rate=drop_path,
-        **arguments,
+        mlp_ratio=cfg.mlp_ratio, init_values=cfg.layer_scale or None, drop_path_rate=drop_path,
+        num_classes=num_classes, global_pool=global_pool, **(positions | _POSITIONS[cfg.positions]),
     )  # fmt: skip
+
+
+def build_timm(cfg: TimmStudent, *, drop_path: float, num_classes: int, global_pool: str | None) -> nn.Module:
+    """Any network of timm's. SwinV2 begins as the authors' does, all others as timm has it.
+
+    Args:
+        global_pool: None leaves timm's own.
+
+    Raises:
+        ConfigError: timm has no such network, or not with these arguments.
+    """
+    if not timm.is_model(cfg.model.partition(".")[0]):
+        raise unknown_name("timm model", cfg.model, timm.list_models())
+    wanted = {"img_size": cfg.input_px, "drop_path_rate": drop_path}
+    student = _create(cfg, wanted | ({} if global_pool is None else {"global_pool": global_pool}), num_classes)
+    if isinstance(student, SwinTransformerV2):
+        begin_swinv2(student)
+    return student
+
+
+def _create(cfg: TimmStudent, wanted: dict[str, Any], num_classes: int) -> nn.Module:
+    """`timm.create_model` with those of the wanted arguments that the network knows."""
+    while True:
+        try:
+            student: nn.Module = timm.create_model(
+                cfg.model, pretrained=False, num_classes=num_classes, **(wanted | cfg.arguments)
+            )
+        except TypeError as error:
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if unknown and unknown[1] in wanted and unknown[1] in _NOT_ALL_TAKE and unknown[1] not in cfg.arguments:
+                del wanted[unknown[1]]
+                continue
+            raise _refused(cfg, error) from error
+        except (AssertionError, KeyError, RuntimeError, ValueError) as error:
+            raise _refused(cfg, error) from error
+        return student
+
+
+def _refused(cfg: TimmStudent, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"timm does not build {cfg.model} at {cfg.input_px} px with {cfg.arguments or 'no further arguments'}: "
+        f"{first_line(error)}; change distill.student.arguments or distill.student.input_px"
+    )
 
 
 class DistillModel(nn.Module):
@@ -40,39 +105,77 @@ class DistillModel(nn.Module):
         self, cfg: StudentConfig, teachers: Sequence[FeatureSpec], *, drop_path: float, grid: str = "same"
     ) -> None:
         """
+        Args:
+            grid: `same` refuses grids that differ, `resample` brings the student's predictions to each teacher's.
+
         Raises:
-            ConfigError: the grids differ.
+            ConfigError: timm does not build this student, or the grids differ.
         """
         super().__init__()
-        for features in teachers:
-            check_grids(cfg, features)
         self.student = build_student(cfg, drop_path=drop_path)
-        self.projectors = nn.ModuleList(nn.Linear(cfg.width, features.channels) for features in teachers)
-        self.has_cls = tuple(features.num_prefix_tokens > 0 for features in teachers)
+        self.layout = find_layout(self.student, cfg.input_px, cfg.label)
+        for features in teachers:
+            if grid == "same":
+                check_grids(cfg, self.layout.grid_hw, features)
+        width = self.layout.width
+        self.projectors = nn.ModuleList(nn.Linear(width, features.channels) for features in teachers)
+        self.resamplers = nn.ModuleList(GridResampler(self.layout.grid_hw, each.grid_hw) for each in teachers)
+        self.has_cls = tuple(self.layout.has_cls and features.num_prefix_tokens > 0 for features in teachers)
         """For each teacher: whether its predictions begin with a CLS token, which both must have."""
+        self.notes = tuple(self._notes(teachers, drop_path))
+        """What the user should know about how this student learns, a line each."""
 
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, ...]:
         """Predicted whitened tokens (B, T, C) for each teacher: those that `select_targets` keeps of the teacher's."""
-        tokens_BTC = self.student.forward_features(images_BCHW)
+        tokens_BTC = student_tokens(self.student, images_BCHW)
+        grid_BTC = tokens_BTC[:, self.layout.num_prefix_tokens :]
+        with_cls_BTC = torch.cat([tokens_BTC[:, :1], grid_BTC], dim=1) if any(self.has_cls) else grid_BTC
         return tuple(
-            projector(tokens_BTC if has_cls else tokens_BTC[:, self.student.num_prefix_tokens :])
-            for projector, has_cls in zip(self.projectors, self.has_cls, strict=True)
+            _predict(with_cls_BTC if has_cls else grid_BTC, projector, resampler)
+            for projector, resampler, has_cls in zip(self.projectors, self.resamplers, self.has_cls, strict=True)
         )
 
+    def _notes(self, teachers: Sequence[FeatureSpec], drop_path: float) -> list[str]:
+        notes = [
+            f"the student's {_size(self.layout.grid_hw)} predictions are resampled to the {_size(features.grid_hw)} "
+            f"tokens of {features.teacher}"
+            for features in teachers
+            if features.grid_hw != self.layout.grid_hw
+        ]
+        notes += [
+            f"the student has no CLS token, so that of {features.teacher} is not learnt"
+            for features in teachers
+            if features.num_prefix_tokens and not self.layout.has_cls
+        ]
+        if drop_path and not any(isinstance(module, DropPath) for module in self.student.modules()):
+            notes.append(f"timm's network has no drop path, so distill.drop_path={drop_path} does nothing")
+        return notes
 
-def check_grids(cfg: StudentConfig, features: FeatureSpec) -> None:
-    """Refuse a student whose token grid is not the teacher's.
+
+def _predict(tokens_BTC: Tensor, projector: nn.Module, resampler: nn.Module) -> Tensor:
+    """Both steps are linear and commute, so the grid is resampled where it has fewer channels."""
+    if tokens_BTC.shape[2] <= cast(nn.Linear, projector).out_features:
+        return cast(Tensor, projector(resampler(tokens_BTC)))
+    return cast(Tensor, resampler(projector(tokens_BTC)))
+
+
+def _size(grid_hw: tuple[int, int]) -> str:
+    return f"{grid_hw[0]}x{grid_hw[1]}"
+
+
+def checkpoint_activations(student: Any) -> None:
+    """Let a student's blocks compute their activations again in the backward pass instead of keeping them.
 
     Raises:
-        ConfigError: names the input size that would fit.
+        ConfigError: timm cannot do that with this network.
     """
-    if cfg.grid_hw != features.grid_hw:
-        fitting = features.grid_hw[0] * cfg.patch_px
+    try:
+        student.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError) as error:
         raise ConfigError(
-            f"the student's grid is {cfg.grid_hw[0]}x{cfg.grid_hw[1]} ({cfg.input_px} px, patch {cfg.patch_px}), the "
-            f"store of {features.teacher!r} has {features.grid_hw[0]}x{features.grid_hw[1]}; "
-            f"set distill.student.input_px={fitting}"
-        )
+            f"timm cannot checkpoint the activations of {type(student).__name__}; set "
+            "distill.run.checkpoint_activations=false, and distill.run.accumulate above 1 to need less memory"
+        ) from error
 
 
 def normalise_images(pixels_BHWC: Tensor, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.checkpoint import load_facts, load_weights
-from distill.loop import choose_device
+from distill.device import choose_device
 from distill.loss import feature_loss
 from distill.student import DistillModel, normalise_images
 from distill.targets import select_targets
@@ -61,7 +61,7 @@ def run(
     student = student_shape(weights)
     _check_whitening(weights, eval_store)
     device = choose_device(cfg.run.device)
-    model = DistillModel(student, [eval_store.plan.features], drop_path=0.0)
+    model = DistillModel(student, [eval_store.plan.features], drop_path=0.0, grid="resample")
     model.student.load_state_dict(load_weights(weights))
     projectors = load_weights(inputs["distill"] / "projector.safetensors")
     model.projectors.load_state_dict({name: projectors[name] for name in ("0.weight", "0.bias")})
@@ -123,7 +123,7 @@ def compare_tokens(
     count = 0
     for batch in iter_views(store, images, image_px=image_px, stop=stop):
         assert batch.images_BHWC is not None
-        target_BTC = select_targets(batch.tokens_BTC, store.plan.features).to(device)
+        target_BTC = select_targets(batch.tokens_BTC, store.plan.features, has_cls=model.has_cls[0]).to(device)
         [pred_BTC] = model(normalise_images(batch.images_BHWC, device))
         size = len(batch.positions_B)
         cosine = F.cosine_similarity(pred_BTC, target_BTC, dim=-1).mean()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distill.pixels import open_pixels
 from distill.student import DistillModel, normalise_images
+from distill.token_layout import student_tokens
 from storage.image_index import ImageList
 from storage.stage import StopRequest
 from storage.store import FeatureReader
@@ -89,8 +90,8 @@ def pool_student(
     pooled, positions = [], []
     for batch in iter_views(reader, images, image_px=image_px, stop=stop):
         assert batch.images_BHWC is not None
-        tokens_BTC = model.student.forward_features(normalise_images(batch.images_BHWC, device))
-        pooled.append(tokens_BTC[:, model.student.num_prefix_tokens :].mean(1).cpu())
+        tokens_BTC = student_tokens(model.student, normalise_images(batch.images_BHWC, device))
+        pooled.append(tokens_BTC[:, model.layout.num_prefix_tokens :].mean(1).cpu())
         positions.append(batch.positions_B)
     return _gather(pooled, positions, images)
 

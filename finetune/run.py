@@ -16,11 +16,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from distill.checkpoint import save_weights
-from distill.loop import Training, choose_device, finish, train
-from distill.optim import REFERENCE_BATCH, build_optimizer, learning_rate, set_learning_rate
+from distill.device import choose_device
+from distill.loop import Training, finish, train
+from distill.optim import build_optimizer, learning_rate
 from distill.prefetch import ImageCache
+from distill.state import TrainState
 from distill.student import normalise_images
-from distill.student_config import BeitStudent
+from distill.student_config import StudentConfig, read_student
 from finetune.classifier import build_classifier, count_correct, layer_lr_scale
 from finetune.config import FinetuneConfig, Start
 from finetune.labelled import LabelledBatch, LabelledImages
@@ -78,7 +80,7 @@ def run(
     }
 
 
-def student_shape(weights: Path) -> BeitStudent:
+def student_shape(weights: Path) -> StudentConfig:
     """The shape that a distilled student's file carries in its header.
 
     Raises:
@@ -86,7 +88,7 @@ def student_shape(weights: Path) -> BeitStudent:
     """
     try:
         with safe_open(weights, framework="pt") as file:
-            return BeitStudent.from_file(weights, (file.metadata() or {})["student"].encode())
+            return read_student(weights, (file.metadata() or {})["student"].encode())
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise DamagedError(f"{weights} is not a distilled student ({error}); run `make distill FORCE=1`") from error
 
@@ -97,7 +99,7 @@ def majority_accuracy(labels: Sequence[int]) -> float:
 
 
 def _run_member(
-    cfg: FinetuneConfig, start: Start, seed: int, index: ImageIndex, student: BeitStudent, weights: Path,
+    cfg: FinetuneConfig, start: Start, seed: int, index: ImageIndex, student: StudentConfig, weights: Path,
     data: tuple[LabelledImages, LabelledImages], out_dir: Path, progress: Progress, stop: StopRequest,
 ) -> dict[str, Any]:  # fmt: skip
     """Train and evaluate one start with one seed, unless it was done before."""
@@ -119,15 +121,16 @@ def _run_member(
         student, num_classes=len(index.classes), drop_path=cfg.drop_path,
         weights=weights if start == "distilled" else None,
     ).to(device)  # fmt: skip
-    optimizer = build_optimizer(model, cfg.optim, lr_scale=layer_lr_scale(student.depth, cfg.layer_decay))
+    optimizer = build_optimizer(model, cfg.optim, lr_scale=layer_lr_scale(model, cfg.layer_decay))
 
     def set_lr(step: int) -> float:
-        lr = learning_rate(
-            step, cfg=cfg.optim, num_steps=train_data.steps,
+        rate = functools.partial(
+            learning_rate, step, cfg=cfg.optim, num_steps=train_data.steps,
             steps_per_epoch=len(train_data.images.images) / cfg.batch_size, batch_size=cfg.batch_size,
         )  # fmt: skip
-        set_learning_rate(optimizer, lr, floor=cfg.optim.min_lr * cfg.batch_size / REFERENCE_BATCH)
-        return lr
+        for group in optimizer.param_groups:
+            group["lr"] = rate(scale=group["lr_scale"])
+        return rate()
 
     def loss(batch: LabelledBatch) -> Tensor:
         if not batch.keys:  # every image of the batch is unusable: a step without a gradient
@@ -136,9 +139,9 @@ def _run_member(
         return F.cross_entropy(logits_BN, batch.labels_B.to(device), label_smoothing=cfg.label_smoothing)
 
     training = Training(
-        model=model, optimizer=optimizer, set_lr=set_lr, batches=train_data.train_batches, loss=loss,
-        num_steps=train_data.steps, clip_grad=cfg.optim.clip_grad, seed=seed, out_dir=out_dir, run_digest=digest,
-        checkpoint_seconds=cfg.run.checkpoint_seconds,
+        state=TrainState(model, optimizer), set_lr=set_lr, batches=train_data.train_batches, loss=loss,
+        num_steps=train_data.steps, images_per_step=cfg.batch_size, clip_grad=cfg.optim.clip_grad, seed=seed,
+        out_dir=out_dir, run_digest=digest, checkpoint_seconds=cfg.run.checkpoint_seconds,
     )  # fmt: skip
     out_dir.mkdir(parents=True, exist_ok=True)
     log = train(training, progress, stop)

@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.student import DistillModel, build_student, check_grids, normalise_images
-from distill.student_config import STUDENTS, BeitStudent, StudentConfig, find_student
+from distill.initial_weights import begin_beit
+from distill.student import DistillModel, build_student, normalise_images
+from distill.student_config import STUDENTS, BeitStudent, find_student
 from distill.targets import select_targets
+from distill.token_grid import check_grids
 from storage.errors import ConfigError
 from storage.records import FeatureSpec
 
-TOY = find_student("toy")
+TOY = BeitStudent.model_validate(find_student("toy").to_json())
 
 
 def features(prefix: int = 1, grid: tuple[int, int] = (4, 4), channels: int = 24) -> FeatureSpec:
@@ -63,14 +65,20 @@ def attend(block: Any, tokens: Tensor, bias_HTT: Tensor) -> Tensor:
     return projected
 
 
-def forward_plainly(student: Any, cfg: StudentConfig, images: Tensor) -> Tensor:
-    """A BEiT-style ViT: one position table for all blocks, LayerScale, no absolute positions, norms with eps 1e-6."""
+def forward_plainly(student: Any, cfg: BeitStudent, images: Tensor) -> Tensor:
+    """A BEiT-style ViT: LayerScale, norms with eps 1e-6, and one position table for all blocks, or one in each, or
+    positions that are added to the tokens."""
     side, width = cfg.grid_hw[0], cfg.width
     tokens = student.patch_embed.proj(images).flatten(2).transpose(1, 2)
     tokens = torch.cat([student.cls_token.expand(len(images), -1, -1), tokens], dim=1)
-    rows = [[position_row(q, k, side) for k in range(side * side + 1)] for q in range(side * side + 1)]
-    bias_HTT = student.rel_pos_bias.relative_position_bias_table[torch.tensor(rows)].permute(2, 0, 1)
+    if cfg.positions == "absolute":
+        tokens = tokens + student.pos_embed
+    rows = torch.tensor([[position_row(q, k, side) for k in range(side**2 + 1)] for q in range(side**2 + 1)])
     for block in student.blocks:
+        bias_HTT = torch.zeros(cfg.heads, 1, 1)
+        if cfg.positions != "absolute":
+            holder = student.rel_pos_bias if cfg.positions == "shared" else block.attn
+            bias_HTT = holder.relative_position_bias_table[rows].permute(2, 0, 1)
         normed = F.layer_norm(tokens, (width,), block.norm1.weight, block.norm1.bias, 1e-6)
         tokens = tokens + block.gamma_1 * attend(block.attn, normed, bias_HTT)
         normed = F.layer_norm(tokens, (width,), block.norm2.weight, block.norm2.bias, 1e-6)
@@ -78,8 +86,10 @@ def forward_plainly(student: Any, cfg: StudentConfig, images: Tensor) -> Tensor:
     return F.layer_norm(tokens, (width,), student.norm.weight, student.norm.bias, 1e-6)
 
 
+@pytest.mark.parametrize("positions", ["shared", "per_block", "absolute"])
 @pytest.mark.parametrize("cfg", [TOY, BeitStudent(input_px=60, patch_px=12, width=24, depth=3, heads=3)])
-def test_it_is_the_papers_student(cfg: StudentConfig) -> None:
+def test_it_is_the_papers_student(cfg: BeitStudent, positions: str) -> None:
+    cfg = cfg.model_copy(update={"positions": positions})
     student = shake(build_student(cfg, drop_path=0.3)).eval()
     images = some_images(side=cfg.input_px)
     with torch.no_grad():
@@ -103,6 +113,7 @@ def test_state_keys_are_the_authors() -> None:
 @pytest.mark.parametrize(("name", "rows", "heads"), [("vit-b", 732, 12), ("vit-l", 964, 16)])
 def test_the_papers_sizes(name: str, rows: int, heads: int) -> None:
     cfg = STUDENTS[name]
+    assert isinstance(cfg, BeitStudent)
     with torch.device("meta"):
         student: Any = build_student(cfg, drop_path=0.1)
     assert student.rel_pos_bias.relative_position_bias_table.shape == (rows, heads)
@@ -121,6 +132,25 @@ def test_how_it_starts() -> None:
         assert (block.gamma_2 == 0.1).all()
     without: Any = build_student(TOY.model_copy(update={"layer_scale": 0.0}), drop_path=0)
     assert without.blocks[0].gamma_1 is None
+
+
+@pytest.mark.parametrize(("cut_off", "std"), [(0.02, 0.0107935), (None, 0.02)])
+def test_weights_begin_as_the_authors_do(cut_off: float | None, std: float) -> None:
+    """Normal with deviation 0.02; for distillation cut off at that, where 0.54 of the deviation is left (closed form);
+    the last layer of both branches of block n is divided by sqrt(2 n)."""
+    cfg = BeitStudent(input_px=32, patch_px=16, width=128, depth=3, heads=2, positions="absolute")
+    torch.manual_seed(0)
+    student: Any = build_student(cfg, drop_path=0)
+    if cut_off is None:
+        begin_beit(student, cut_off=None)
+    values = {name: value.detach() for name, value in student.named_parameters() if value.ndim > 1}
+    assert {"patch_embed.proj.weight", "cls_token", "pos_embed"} < set(values)
+    for name, value in values.items():
+        block = int(name.split(".")[1]) if name.startswith("blocks.") else 0
+        divisor = math.sqrt(2 * (block + 1)) if name.endswith(("attn.proj.weight", "mlp.fc2.weight")) else 1
+        assert float(value.std()) * divisor == pytest.approx(std, rel=0.15 if value.numel() < 1000 else 0.02), name
+        assert float(value.abs().max()) * divisor <= (cut_off or 0.2) * 1.0001, name
+    assert not [name for name, value in student.named_parameters() if name.endswith("bias") and value.any()]
 
 
 def test_drop_path_belongs_to_training_alone() -> None:
@@ -142,34 +172,36 @@ def test_drop_path_belongs_to_training_alone() -> None:
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 def test_predictions_have_the_shape_of_the_selected_targets(prefix: int) -> None:
     """A teacher without CLS: the student's own is dropped. One with registers: these are not learnt."""
-    model = shake(DistillModel(TOY, features(prefix), drop_path=0)).eval()
+    model = shake(DistillModel(TOY, [features(prefix)], drop_path=0)).eval()
     targets = torch.arange(2 * (prefix + 16) * 24.0).view(2, prefix + 16, 24)
     selected = select_targets(targets, features(prefix))
     images = some_images()
     with torch.no_grad():
-        pred = model(images)
+        [pred] = model(images)
         tokens = forward_plainly(model.student, TOY, images)
     assert pred.shape == selected.shape
     kept = [0, *range(prefix, prefix + 16)] if prefix else list(range(16))
     assert torch.equal(selected, targets[:, kept])
     expected = tokens[:, 1:] if prefix == 0 else tokens
-    torch.testing.assert_close(pred, expected @ model.projector.weight.T + model.projector.bias, rtol=1e-4, atol=1e-4)
+    [projector] = model.projectors
+    torch.testing.assert_close(pred, expected @ projector.weight.T + projector.bias, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("prefix", [0, 1])
 def test_every_parameter_learns(prefix: int) -> None:
-    model = shake(DistillModel(TOY, features(prefix), drop_path=0))
-    F.smooth_l1_loss(model(some_images()), torch.randn(2, prefix + 16, 24)).backward()
+    model = shake(DistillModel(TOY, [features(prefix)], drop_path=0))
+    F.smooth_l1_loss(model(some_images())[0], torch.randn(2, prefix + 16, 24)).backward()
     still = [name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()]
     assert not still
 
 
 def test_a_student_whose_grid_differs_is_refused_with_the_size_that_fits() -> None:
-    with pytest.raises(ConfigError, match=r"grid is 4x4 \(32 px, patch 8\), .*'made-up' has 7x7; set .*input_px=56"):
-        check_grids(TOY, features(grid=(7, 7)))
-    with pytest.raises(ConfigError):
-        DistillModel(TOY, features(grid=(4, 5)), drop_path=0)
-    check_grids(TOY.model_copy(update={"input_px": 56}), features(grid=(7, 7)))
+    said = r"grid is 4x4 \(32 px, patch 8\), .*'made-up' has 7x7; set .*input_px=56, or distill.grid=resample"
+    with pytest.raises(ConfigError, match=said):
+        check_grids(TOY, TOY.grid_hw, features(grid=(7, 7)))
+    with pytest.raises(ConfigError, match=r"has 4x5; set distill\.grid=resample"):
+        DistillModel(TOY, [features(grid=(4, 5))], drop_path=0)
+    check_grids(TOY.model_copy(update={"input_px": 56}), (7, 7), features(grid=(7, 7)))
 
 
 def test_images_are_normalised_by_imagenets_statistics() -> None:
@@ -187,4 +219,4 @@ def test_settings_that_make_no_student_are_refused() -> None:
         find_student("vit-x")
     for wrong in ({"input_px": 33, "patch_px": 8}, {"width": 33, "heads": 2}, {"depth": 0}):
         with pytest.raises(ConfigError):
-            StudentConfig.checked(wrong, "distill.student")
+            BeitStudent.checked(wrong, "distill.student")

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.models.beit import Beit
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.checkpoint import load_weights, save_weights
 from distill.optim import build_optimizer
@@ -18,7 +17,7 @@ from finetune.config import FinetuneConfig
 from finetune.run import student_shape
 from storage.errors import DamagedError
 
-TOY = find_student("toy")
+TOY = BeitStudent.model_validate(find_student("toy").to_json())
 TABLE = "rel_pos_bias.relative_position_bias_table"
 SaveStudent = Callable[..., Path]
 
@@ -40,13 +39,13 @@ def save_student(tmp_path: Path) -> SaveStudent:
     return save
 
 
-def classifier_of(weights: Path | None, cfg: StudentConfig = TOY, num_classes: int = 5) -> Beit:
+def classifier_of(weights: Path | None, cfg: StudentConfig = TOY, num_classes: int = 5) -> nn.Module:
     return build_classifier(cfg, num_classes=num_classes, drop_path=0.0, weights=weights).eval()
 
 
 def test_shared_table_goes_into_every_block_and_the_final_norm_nowhere(save_student: SaveStudent) -> None:
     student = load_weights(save_student())
-    state = classifier_state(student, TOY.depth)
+    state = classifier_state(student, classifier_of(None).state_dict())
     tables = [name for name in state if "relative_position_bias_table" in name]
     assert tables == [f"blocks.{n}.attn.relative_position_bias_table" for n in range(TOY.depth)]
     assert all(torch.equal(state[name], student[TABLE]) for name in tables)
@@ -108,13 +107,15 @@ def test_scratch_takes_nothing_from_a_student() -> None:
     ],
 )
 def test_layer_lr_scale(name: str, scale: float) -> None:
-    assert layer_lr_scale(3, 0.5)(name) == scale
+    model = classifier_of(None, TOY.model_copy(update={"depth": 3}))
+    assert layer_lr_scale(model, 0.5)(name) == scale
+    assert layer_lr_scale(model, 1.0)(name) == 1
 
 
 def test_every_parameter_of_a_classifier_gets_the_share_of_its_layer() -> None:
     depth, decay = 12, 0.65
     model = classifier_of(None, BeitStudent(input_px=32, patch_px=16, width=16, depth=depth, heads=2))
-    groups = build_optimizer(model, FinetuneConfig().optim, lr_scale=layer_lr_scale(depth, decay)).param_groups
+    groups = build_optimizer(model, FinetuneConfig().optim, lr_scale=layer_lr_scale(model, decay)).param_groups
     shares = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
         if name.startswith("blocks."):
@@ -131,7 +132,7 @@ def test_every_parameter_of_a_classifier_gets_the_share_of_its_layer() -> None:
 )  # fmt: skip
 def test_weights_of_another_shape_are_refused(save_student: SaveStudent, changes: dict[str, int], said: str) -> None:
     path = save_student()
-    other = StudentConfig.model_validate(TOY.to_json() | changes)
+    other = BeitStudent.model_validate(TOY.to_json() | changes)
     with pytest.raises(DamagedError, match="not a student of this shape") as caught:
         classifier_of(path, other)
     assert said in str(caught.value)

@@ -9,13 +9,14 @@ import torch
 from PIL import Image
 
 from distill.checkpoint import load_weights, save_weights
-from distill.config import TrainRunConfig, find_student
+from distill.config import TrainRunConfig
 from distill.student import build_student
+from distill.student_config import BeitStudent, find_student
 from finetune import run as stage
 from finetune.config import FinetuneConfig
 from storage.errors import ConfigError, InputError
 
-TOY = find_student("toy")
+TOY = BeitStudent.model_validate(find_student("toy").to_json())
 CFG = FinetuneConfig(epochs=1, batch_size=4, run=TrainRunConfig(threads=1, loaders=1))
 
 

@@ -39,9 +39,9 @@ def inputs(finished_run: tuple[Path, Path], tmp_path: Path) -> dict[str, Path]:
 
 
 def load_model(inputs: dict[str, Path]) -> DistillModel:
-    model = DistillModel(find_student("toy"), open_store(inputs["extract"]).plan.features, drop_path=0.0)
+    model = DistillModel(find_student("toy"), [open_store(inputs["extract"]).plan.features], drop_path=0.0)
     model.student.load_state_dict(load_weights(inputs["distill"] / "student.safetensors"))
-    model.projector.load_state_dict(load_weights(inputs["distill"] / "projector.safetensors"))
+    model.projectors.load_state_dict(load_weights(inputs["distill"] / "projector.safetensors"))
     return model.eval()
 
 
@@ -94,7 +94,7 @@ def test_pictures_hold_spread_views_with_both_sides_tokens(inputs: dict[str, Pat
         np.testing.assert_array_equal(kept["teacher_BTC"][number], store.read(key, 0).tokens_TC[1:])
         pixels = torch.from_numpy(kept["images_BHWC"][number])[None]
         with torch.inference_mode():
-            pred_TC = model(normalise_images(pixels, CPU))[0, 1:]
+            pred_TC = model(normalise_images(pixels, CPU))[0][0, 1:]
         np.testing.assert_allclose(kept["student_BTC"][number], pred_TC, atol=1e-5)
 
 

@@ -47,7 +47,7 @@ def stored(make_images: Callable[..., Path], make_index: Callable[..., object], 
 @pytest.fixture
 def model(stored: Stored) -> DistillModel:
     torch.manual_seed(0)
-    made = DistillModel(find_student("toy"), stored.reader.plan.features, drop_path=0.0)
+    made = DistillModel(find_student("toy"), [stored.reader.plan.features], drop_path=0.0)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -119,7 +119,7 @@ def test_compare_tokens_equals_plain_loops(
     for position, number, pixels in rendered_views(stored):
         target = stored.reader.read(stored.images.keys[position], number).tokens_TC.astype(np.float64)
         with torch.inference_mode():
-            pred = model(normalise_images(pixels[None], CPU))[0].double().numpy()
+            pred = model(normalise_images(pixels[None], CPU))[0][0].double().numpy()
         losses.append(smooth_l1(pred - target))
         zeros.append(smooth_l1(target))
         norms = np.linalg.norm(pred, axis=1) * np.linalg.norm(target, axis=1)
@@ -142,8 +142,10 @@ def test_a_perfect_student_has_no_loss_and_cosine_one(stored: Stored) -> None:
     targets = torch.cat([b.tokens_BTC for b in iter_views(*stored)])
 
     class Oracle(torch.nn.Module):
-        def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-            return targets
+        has_cls = (True,)
+
+        def forward(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return (targets,)
 
     found = compare_tokens(Oracle(), *stored, 32, CPU)  # type: ignore[arg-type]
     assert found["loss"] == 0
