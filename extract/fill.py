@@ -96,26 +96,30 @@ class _Filler:
         return True
 
     def isolate(self, failed: FailedJob) -> None:
-        """Leave out the images of a shard that end workers, one after the other, and extract the rest."""
+        """Leave out the images of a shard that end workers, one after the other, and extract the rest. A shard whose
+        images do not do that was lost to something else, and is carried out once more."""
         positions = self.plan.images_of_shard(failed.job.shard)
         keys = [self.stores[0].images.keys[position] for position in positions]
         job = Job(failed.job.shard)
         most = min(store.most_bad for store in self.stores)
-        while len(job.excluded) < most:
+        is_last = False
+        while len(job.excluded) < most and not is_last:
             self.watch.note("isolating", shard=job.shard, images=len(keys), reason=failed.reason)
-            culprit = find_culprit(job, len(keys), self._survives)
-            if culprit is None:
-                reason = f"{failed.reason}; no image of it does that alone"
-                self.settle(failed._replace(reason=reason, is_deadly=False))
-                return
-            self.watch.note("isolated", shard=job.shard, key=keys[culprit])
-            job = job._replace(excluded=(*job.excluded, keys[culprit]))
+            if self._survives(job._replace(probed=(0, len(keys)))):
+                self.watch.note("survived", shard=job.shard)
+                is_last = True
+            else:
+                culprit = find_culprit(job, len(keys), self._survives)
+                if culprit is None:
+                    failed = failed._replace(reason=f"{failed.reason}; no image of it does that alone")
+                    break
+                self.watch.note("isolated", shard=job.shard, key=keys[culprit])
+                job = job._replace(excluded=(*job.excluded, keys[culprit]))
             again = list(self.carry_out([job]))
             if not again:
                 return
             [failed] = again
-            if not failed.is_deadly:
-                break
+            is_last = is_last or not failed.is_deadly
         self.settle(failed._replace(is_deadly=False))
 
     def _survives(self, probe: Job) -> bool:

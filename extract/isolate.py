@@ -18,7 +18,7 @@ def find_culprit(job: Job, num_images: int, survives: Survives) -> int | None:
     log2(num_images) probes. Then the image is looked at alone.
 
     Args:
-        job: that ended its workers; images that it excludes are not looked at.
+        job: that ends its workers, also when all its images are only looked at; those that it excludes are not.
 
     Returns:
         Its place among the shard's images.
@@ -27,8 +27,6 @@ def find_culprit(job: Job, num_images: int, survives: Survives) -> int | None:
     def beginning_survives(length: int) -> bool:
         return survives(job._replace(probed=(0, length)))
 
-    if beginning_survives(num_images):
-        return None
     low, high = 0, num_images  # the first `low` images are harmless, the first `high` are not
     while high - low > 1:
         middle = (low + high) // 2

@@ -108,6 +108,8 @@ class Watch:
                 self.progress.say(f"shard {facts.get('shard')}, attempt {facts.get('attempt')}: {facts.get('reason')}")
             elif kind == "isolating":
                 self.progress.say(f"shard {facts.get('shard')} ends its workers; looking for the image that does it")
+            elif kind == "survived":
+                self.progress.say(f"shard {facts.get('shard')}: none of its images does; it is tried once more")
             elif kind == "isolated":
                 self.progress.say(f"shard {facts.get('shard')}: {facts.get('key')} ends every worker, and is left out")
             elif kind == "stopping":

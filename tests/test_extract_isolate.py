@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +15,12 @@ from extract.config import ExecutionConfig, ExtractConfig
 from extract.isolate import find_culprit
 from extract.jobs import ENDS_WORKERS, Job
 from extract.run import run
-from extract.worker import Worker
+from extract.worker import Extracted, Worker
 from storage.errors import InputError, QuarantineError
 from storage.folder import load_plan
 from storage.reader import open_store
 from storage.receipts import committed_shards
+from tests.fixtures.jobs import take_number
 
 RUN = ExecutionConfig(executor="process", workers=1, batch_size=4, device="cpu")
 CFG = ExtractConfig(teacher="toy", views=2, records_per_shard=12, max_bad_fraction=0.2, run=RUN)
@@ -83,6 +85,37 @@ def test_more_than_are_allowed_are_not_left_out(
     with pytest.raises((QuarantineError, InputError)):
         run(CFG.model_copy(update={"max_bad_fraction": 0.0}), {"data": data}, tmp_path / "store")
     assert sorted(committed_shards(tmp_path / "store", load_plan(tmp_path / "store"))) == [1, 2]
+
+
+class UnluckyWorker(Worker):
+    """Is killed from outside whenever it is at the second shard, so many times."""
+
+    def __init__(self, folder: Path, times: int, roots: list[Path], run: ExecutionConfig) -> None:
+        super().__init__(roots, run)
+        self.folder, self.times = folder, times
+
+    def __call__(self, job: Job) -> Extracted:
+        if job.shard == 1 and job.probed is None and take_number(self.folder, "killed") <= self.times:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(job)
+
+
+@pytest.mark.parametrize("times", [3, 99])
+def test_a_shard_that_was_only_unlucky_is_carried_out_once_more(
+    times: int, make_index: MakeIndex, monkeypatch: pytest.MonkeyPatch, tree_bytes: TreeBytes, tmp_path: Path
+) -> None:
+    """Lost to outside causes as often as a shard is tried, its images end no worker."""
+    data, _ = keys_of(make_index)
+    monkeypatch.setattr(sharing, "Worker", functools.partial(UnluckyWorker, tmp_path, times))
+    if times == 3:
+        run(CFG, {"data": data}, tmp_path / "store")
+        monkeypatch.undo()
+        run(CFG, {"data": data}, tmp_path / "undisturbed")
+        assert tree_bytes(tmp_path / "store") == tree_bytes(tmp_path / "undisturbed")
+        return
+    with pytest.raises(QuarantineError, match=r"1 of 3 shards .* ended by SIGKILL"):
+        run(CFG, {"data": data}, tmp_path / "store")
+    assert len(list(tmp_path.glob("killed.*"))) == 2 * RUN.max_attempts
 
 
 def test_a_shard_that_no_single_image_explains_is_given_up(
