@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,14 +49,14 @@ def launch(job: Job, progress: Progress, stop: StopRequest) -> dict[str, Any]:
         (folder / name).unlink(missing_ok=True)
     write_file(folder / JOB_FILE, job.model_dump_json().encode())
     follower = Follower(folder / PROGRESS_FILE, progress)
-    with _start(job.cfg.run, folder, progress) as processes:
+    with closing(follower), _start(job.cfg.run, folder, progress) as processes:
         while processes.poll() is None:
             time.sleep(_POLL_SECONDS)
             follower.follow()
             if stop and not (folder / STOP_FILE).exists():
                 write_file(folder / STOP_FILE, stop.signal_name.encode())
         status = processes.poll()
-    follower.follow()
+        follower.follow()
     return _read_outcome(folder, status, stop)
 
 

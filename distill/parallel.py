@@ -6,7 +6,7 @@ wrote it or on how they divided the model.
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -91,6 +91,24 @@ def distribute(model: nn.Module, team: Team, device: torch.device, strategy: str
         fully_shard(model, mesh=mesh)
         return model
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def settle(model: nn.Module, compute: Callable[[], Sequence[Tensor]]) -> None:
+    """Let DDP settle into the order in which it sums gradients: it begins with one and takes another when it has seen a
+    backward pass. Sums over three and more processes differ in their last bits by that order, so that a run which went
+    on from a checkpoint would not be the same to the bit. Other models are left alone.
+
+    Args:
+        compute: outputs of a forward pass of the shapes of training; what it changes of the model is put back.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    torch.stack([output.float().sum() for output in compute()]).sum().backward()
+    model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

@@ -31,6 +31,10 @@ class FileProgress:
     def say(self, message: str) -> None:
         self._write({"say": message})
 
+    def close(self) -> None:
+        self.flush()
+        self.file.close()
+
     def flush(self, facts: dict[str, object] | None = None) -> None:
         if self.pending:
             self._write({"advance": self.pending, "facts": facts or {}})
@@ -56,6 +60,10 @@ class Follower:
                 self.progress.advance(event["advance"], **event["facts"])
             else:
                 self.progress.say(event["say"])
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
 
     def _events(self) -> Iterator[dict[str, Any]]:
         if self.file is None:

@@ -1,6 +1,7 @@
 """One process's work on a distillation: all of it, or its share."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from distill.job import Job
 from distill.loop import Training, TrainingLog, finish, train
 from distill.objective import Objective
 from distill.optim import build_optimizer, learning_rate, set_learning_rate
-from distill.parallel import Team, distribute, join_team, whole
+from distill.parallel import Team, distribute, join_team, settle, whole
 from distill.state import TrainState
 from distill.stream import DistillBatch, DistillStream, Share
 from distill.student import DistillModel, normalise_images
@@ -109,6 +110,14 @@ def _distill(job: Job, team: Team, device: torch.device, progress: Progress, sto
         )  # fmt: skip
         set_learning_rate(optimizer, lr)
         return lr
+
+    def predict_nothing() -> Sequence[Tensor]:
+        side = cfg.student.input_px
+        with autocast(device, precision):
+            outputs: Sequence[Tensor] = forward(torch.zeros(stream.part_size, 3, side, side, device=device))
+        return outputs
+
+    settle(forward, predict_nothing)
 
     # ---- train -------------------------------------------------------------------------------------------------------
     fingerprints = [reader.manifest.fingerprint for reader in readers]

@@ -35,7 +35,7 @@ def work(job_path: Path) -> None:
         sys.exit(1)
     finally:
         if isinstance(progress, FileProgress):
-            progress.flush()
+            progress.close()
     if is_first:
         write_file(outcome_path, outcome.model_dump_json().encode())
 
