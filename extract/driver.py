@@ -28,7 +28,7 @@ from extract.jobs import (
     reason_of,
 )
 from extract.worker_state import Held, WorkerState
-from storage.errors import BadTokensError, DecantError
+from storage.errors import BadTokensError, DecantError, OwnTeacherError
 from storage.stage import Interrupted, StopRequest
 
 JOBS_IN_FLIGHT = 2
@@ -290,7 +290,7 @@ class _Drive(Generic[Result]):
 
 def _raise_if_final(error: BaseException) -> None:
     """What neither another attempt nor another shard can mend."""
-    if isinstance(error, DecantError | Interrupted) and not isinstance(error, BadTokensError):
+    if isinstance(error, DecantError | Interrupted) and not isinstance(error, BadTokensError | OwnTeacherError):
         raise error from None
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from extract.beside import Beside, modules_beside
 from extract.built import Built
 from extract.spec import TeacherSpec
-from storage.errors import ConfigError, InputError, first_line
+from storage.errors import ConfigError, InputError, OwnTeacherError, first_line
 from storage.fingerprint import digest_file, digest_parts, short
 from storage.schema import first_problem
 
@@ -88,7 +88,7 @@ def build(spec: TeacherSpec) -> Built:
             raise  # is answered with a smaller batch
         except _FAILURES as error:
             shape = tuple(images_BCHW.shape)
-            raise ConfigError(
+            raise OwnTeacherError(
                 f"the module of {spec.model} failed on images {shape}: {_where_it_failed(error, source.path)}"
             ) from error
         found = _kind(tokens_BTC)

@@ -43,6 +43,10 @@ class BadTokensError(InputError):
     """A teacher gives something for an image that cannot be stored. Another attempt gives the same."""
 
 
+class OwnTeacherError(ConfigError):
+    """A user's own teacher fails on a batch: perhaps on this one only."""
+
+
 class QuarantineError(DecantError):
     exit_code = 3
 

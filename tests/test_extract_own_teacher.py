@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from extract.backends import load_teacher
 from extract.config import ExtractConfig
@@ -236,6 +237,32 @@ def test_mistakes_of_the_module_are_told(forward: str, message: str, tmp_path: P
     loaded = load_teacher(identify_teacher(str(write(tmp_path, text))), device="cpu")
     with pytest.raises(ConfigError, match=message):
         loaded(torch.zeros(1, 32, 32, 3, dtype=torch.uint8))
+
+
+FAILS_ON_WHITE = f"""{SPEC}class Network(torch.nn.Module):
+    def forward(self, images):
+        if images.flatten(1).amin(1).amax() > 0.99:
+            raise ZeroDivisionError('too bright')
+        return torch.nn.functional.avg_pool2d(images, 8).flatten(2).transpose(1, 2)
+
+def teacher():
+    return Network(), TeacherSpec(name='x', input_px=32, patch_px=8, channels=3, mean=(0, 0, 0), std=(1, 1, 1))
+"""
+
+
+@pytest.mark.parametrize("executor", ["inline", "process"])
+def test_a_module_that_fails_on_one_image_costs_its_shard_only(
+    executor: str, decant: Decant, make_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    path, images = write(tmp_path, FAILS_ON_WHITE), make_images()
+    Image.new("RGB", (50, 50), "white").save(images / "light" / "001.png")
+    outcome = decant(
+        "extract", "--teacher", path, "--data", images, "--views", 1, "--executor", executor,
+        "--set", "extract.records_per_shard=4", "--set", "data.eval_fraction=0.1",
+    )  # fmt: skip
+    assert outcome.code == 3
+    assert "1 of 5 shards" in outcome.err
+    assert "ZeroDivisionError: too bright (line 6 of" in outcome.err
 
 
 def test_a_missing_file_is_told_and_settings_that_the_file_decides_are_refused(tmp_path: Path) -> None:
