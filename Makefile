@@ -23,6 +23,10 @@ STORE ?=
 FROM ?=
 TO ?=
 STUDENT ?=
+ONLINE ?=
+GPUS ?=
+LAUNCHER ?=
+ACCUMULATE ?=
 SEEDS ?=
 EXECUTOR ?=
 RAY ?=
@@ -39,10 +43,12 @@ DOCS ?=
 quoted = $(if $($(1)),'$(subst ','\'',$($(1)))')
 option = $(if $($(2)),--$(1) $(call quoted,$(2)))
 flag = $(if $(filter-out 0 no false,$($(2))),--$(1))
+switch = $(if $($(2)),$(if $(filter-out 0 no false,$($(2))),--$(1),--no-$(1)))
 OPTIONS = $(strip $(call option,preset,PRESET) $(call option,teacher,TEACHER) $(call option,weights,WEIGHTS) \
 	$(call option,data,DATA) $(call option,views,VIEWS) $(call option,layout,LAYOUT) $(call option,encoding,ENCODING) \
 	$(call option,whitening,WHITENING) $(call option,store,STORE) $(call option,student,STUDENT) $(call option,seeds,SEEDS) \
-	$(call option,executor,EXECUTOR) $(call option,ray-address,RAY) $(call option,work,WORK) $(call flag,force,FORCE) \
+	$(call option,gpus,GPUS) $(call option,launcher,LAUNCHER) $(call option,accumulate,ACCUMULATE) \
+	$(call option,executor,EXECUTOR) $(call option,ray-address,RAY) $(call option,work,WORK) $(call switch,online,ONLINE) $(call flag,force,FORCE) \
 	$(call flag,join,JOIN) $(call flag,retry-failed,RETRY_FAILED) $(foreach pair,$(SET),--set $(call quoted,pair)))
 PIPELINE = @$(BIN)/python -m pipeline
 
@@ -52,7 +58,7 @@ STAGE_COMMANDS := demo run plan precision extract distill finetune evaluate repo
 help: ## this list
 	@echo "usage: make <command> [TEACHER=clip-l] [DATA=<folder>] [VIEWS=4] [STUDENT=vit-b] [SEEDS=3] [PRESET=...]"
 	@echo "                      [WEIGHTS=<file>] [LAYOUT=zarr|wds] [ENCODING=fp16|int8|...] [STORE=<path or URL>]"
-	@echo "                      [WHITENING=layer_norm|mean_std|pca|none]"
+	@echo "                      [WHITENING=layer_norm|mean_std|pca|none] [ONLINE=1] [GPUS=8] [LAUNCHER=torchrun|ray]"
 	@echo "                      [EXECUTOR=ray|process|inline] [RAY=<address>] [JOIN=1] [RETRY_FAILED=1]"
 	@echo "                      [WORK=runs] [FORCE=1] [SET=\"name=value ...\"]"
 	@echo

@@ -11,7 +11,6 @@ from pydantic import Field, StringConstraints, field_validator
 from distill.config import DistillConfig
 from extract.config import ExtractConfig
 from finetune.config import EvaluateConfig, FinetuneConfig
-from storage.encodings import Fp16
 from storage.errors import ConfigError
 from storage.schema import Schema
 
@@ -47,6 +46,9 @@ class OtherTeacher(Schema):
     name: str
     weights: Literal["random"] | Path | None = None
     """As `extract.weights`, which are the first teacher's."""
+    loss_weight: float | None = Field(default=None, gt=0)
+    """Of its loss, where students learn from it too, with a projector of its own; that of the first teacher is 1. None:
+    its store is filled, and no student learns from it."""
 
 
 class PipelineConfig(Schema):
@@ -57,7 +59,7 @@ class PipelineConfig(Schema):
     extract: ExtractConfig = ExtractConfig()
     also: tuple[OtherTeacher, ...] = ()
     """Teachers beside `extract.teacher` whose stores are filled in the same pass over the images, with the same
-    settings. No part of any stage's identity: each store is what its teacher alone would have made."""
+    settings. No part of a store's identity: each one is what its teacher alone would have made."""
     distill: DistillConfig = DistillConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -68,8 +70,15 @@ class PipelineConfig(Schema):
         """Every teacher with its weights, the one that students are trained from first."""
         return {self.extract.teacher: self.extract.weights} | {other.name: other.weights for other in self.also}
 
+    @property
+    def also_learnt(self) -> tuple[OtherTeacher, ...]:
+        """Those of the further teachers that students learn from, too."""
+        return tuple(other for other in self.also if other.loss_weight is not None)
+
     def led_by(self, teacher: str) -> "PipelineConfig":
-        """The same settings with another of `teachers` first."""
+        """The same settings with another of `teachers` first, from which alone students then learn."""
+        if teacher == self.extract.teacher:
+            return self
         others = {name: weights for name, weights in self.teachers.items() if name != teacher}
         return self.model_copy(
             update={
@@ -79,14 +88,18 @@ class PipelineConfig(Schema):
         )
 
     @property
+    def online_teacher(self) -> ExtractConfig | None:
+        """The teacher that works in every training step, in the place of a store; None where there is one."""
+        return self.extract.stored_exactly() if self.distill.online else None
+
+    @property
     def extract_eval(self) -> ExtractConfig:
         """The same teacher on the held-out images: one centred view each, every token exactly as it is, and whitened as
         the student's targets are: by what the store that it learns from has learnt."""
         changes: dict[str, Any] = {"split": "eval", "views": 1, "sampler": self.finetune.eval_sampler}
         if self.distill.store is not None:
             changes["whitening_from"] = self.distill.store
-        plain = {"layout": "zarr", "encoding": Fp16(), "token_fraction": 1.0, "keep_views": False}
-        return self.extract.model_copy(update=changes | plain)
+        return self.extract.stored_exactly().model_copy(update=changes)
 
 
 def apply_overrides(config: PipelineConfig, overrides: Iterable[tuple[str, Any]]) -> PipelineConfig:

@@ -30,7 +30,9 @@ EXECUTOR = click.option(
     help="Where extraction runs: Ray's actors, processes of this machine, or this process.",
 )  # fmt: skip
 RAY_ADDRESS = click.option(
-    "--ray-address", metavar="ADDRESS", help="Extract on this Ray cluster (`auto`: the one that runs here)."
+    "--ray-address",
+    metavar="ADDRESS",
+    help="Extract (or distil, with --launcher ray) on this Ray cluster (`auto`: the one that runs here).",
 )
 RETRY_FAILED = click.option(
     "--retry-failed", is_flag=True, help="Extract shards again that earlier commands gave up; others are kept."
@@ -46,7 +48,7 @@ _OF_STAGES = (
     click.option(
         "--teacher",
         help="A name of `decant teachers`, timm:NAME, open_clip:NAME/TAG or FILE.py; several with commas "
-        "(extract, plan, run).",
+        "(extract, plan, run: a store each; distill: a student of all).",
     ),
     click.option(
         "--weights", help="A local file with the teacher's weights, `random`, or `hub`; one for each teacher."
@@ -56,8 +58,23 @@ _OF_STAGES = (
     LAYOUT,
     ENCODING,
     WHITENING,
-    click.option("--store", help="Train from this finished store, a path or URL, instead of extracting one."),
+    click.option(
+        "--store",
+        help="Train from this finished store, a path or URL, instead of extracting one; several with commas: from all.",
+    ),
+    click.option(
+        "--online/--no-online", default=None,
+        help="Train without a store: the teacher works in every step. A control; slower and larger.",
+    ),
     click.option("--student", help="vit-ti, vit-s, vit-b, vit-l or toy."),
+    click.option("--gpus", type=click.IntRange(min=1), help="Processes that distil together, one a GPU."),
+    click.option(
+        "--launcher", type=click.Choice(["torchrun", "ray"]), help="Who starts them: torchrun, or Ray on a cluster.",
+    ),
+    click.option(
+        "--accumulate", type=click.IntRange(min=1),
+        help="Parts that each of them computes its share of a batch in: less memory, the same step.",
+    ),
     click.option("--seeds", type=int, help="Fine-tune with this many seeds."),
     EXECUTOR,
     RAY_ADDRESS,

@@ -4,12 +4,13 @@ A stage's fingerprint covers its version, its settings and the fingerprints of i
 fingerprint is the result; anything else is not.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
+from distill.config import DistillConfig, OtherStore
 from extract.config import ExtractConfig
 from extract.resolve import resolve_settings, resolve_teacher, settings_identity
 from extract.weights import weights_identity
@@ -40,6 +41,8 @@ class StagePlan(NamedTuple):
     settings: Schema
     is_again: bool
     """A finished result exists and is kept until the new one is whole."""
+    teacher: ExtractConfig | None
+    """The teacher that works inside the stage, where one does."""
 
 
 class Plan(NamedTuple):
@@ -51,11 +54,13 @@ class Plan(NamedTuple):
     data_path: Path
     stages: dict[str, StagePlan]
     also: dict[str, StagePlan]
-    """By the teacher's name: further stores that are filled in the same pass as that of `extract`."""
+    """By the teacher's name: further stores that are filled in the same pass as that of `extract`; or, where none is to
+    be filled, those that the student learns from."""
 
     def stores(self) -> list[StagePlan]:
-        """All stores that `extract` fills."""
-        return [self.stages["extract"], *self.also.values()]
+        """All stores of this folder that `extract` fills, or the student learns from."""
+        first = self.stages.get("extract")
+        return [*([first] if first else []), *self.also.values()]
 
 
 def make_plan(
@@ -74,6 +79,7 @@ def make_plan(
     """
     resolved = _resolved(config)
     variants = {name: _resolved(config.led_by(name)) for name in config.teachers if name != config.extract.teacher}
+    _check_sources(config)
     if "evaluate" in names:
         _check_whitening(config)
     index = _list_images(config, workspace, progress)
@@ -81,20 +87,40 @@ def make_plan(
     listing = index.to_file()
     if not data_path.exists() or data_path.read_bytes() != listing:  # the images may lie elsewhere now
         write_file(data_path, listing)
-    plans: dict[str, StagePlan] = {}
-    for name in upstream(names, config):
-        plans[name] = _plan_stage(STAGES[name], resolved, workspace, index, plans, name in set(again))
-    extract, is_named = STAGES["extract"], "extract" in names
+    wanted, forced = upstream(names, config), set(again)
     also = {
-        name: _plan_stage(extract, variant, workspace, index, plans, extract.name in set(again))
-        for name, variant in variants.items()
-        if is_named
+        name: _plan_stage(STAGES["extract"], variants[name], workspace, index, {}, {}, "extract" in forced)
+        for name in _further_stores(config, names, wanted)
     }
+    plans: dict[str, StagePlan] = {}
+    for name in wanted:
+        plans[name] = _plan_stage(STAGES[name], resolved, workspace, index, plans, also, name in forced)
     return Plan(config, workspace, index, data_path, plans, also)
+
+
+def _further_stores(config: PipelineConfig, names: Iterable[str], wanted: Iterable[str]) -> list[str]:
+    """The teachers whose stores count beside that of the first: all of those that are to be filled; else those that the
+    student learns from."""
+    if "extract" in names:
+        return [other.name for other in config.also]
+    return [other.name for other in config.also_learnt] if "distill" in wanted else []
 
 
 def _resolved(config: PipelineConfig) -> PipelineConfig:
     return config.model_copy(update={"extract": resolve_settings(config.extract)})
+
+
+def _check_sources(config: PipelineConfig) -> None:
+    """Refuse two first teachers.
+
+    Raises:
+        ConfigError: says both.
+    """
+    if config.distill.online and config.distill.store is not None:
+        raise ConfigError(
+            f"distill.online asks {config.extract.teacher!r} in every step, and distill.store is "
+            f"{config.distill.store!r}; a student learns from the one or the other: leave out ONLINE or STORE"
+        )
 
 
 def _check_whitening(config: PipelineConfig) -> None:
@@ -126,16 +152,23 @@ def _list_images(config: PipelineConfig, workspace: Workspace, progress: Progres
 
 
 def _plan_stage(
-    stage: Stage, config: PipelineConfig, workspace: Workspace, index: ImageIndex, plans: dict[str, StagePlan],
-    again: bool,
+    stage: Stage, config: PipelineConfig, workspace: Workspace, index: ImageIndex, plans: Mapping[str, StagePlan],
+    also: Mapping[str, StagePlan], again: bool,
 ) -> StagePlan:  # fmt: skip
     settings = stage.config(config)
     inputs = {name: plans[name].fingerprint for name in needs(stage, config)}
-    store = stage.elsewhere(config)
-    if store:
-        inputs["store"] = load_manifest(open_files(store)).fingerprint
+    for name, store in stage.elsewhere(config).items():
+        inputs[name] = load_manifest(open_files(store)).fingerprint
+    if isinstance(settings, DistillConfig):
+        settings = _with_stores_of(settings, config, also)
+        inputs |= {f"extract of {other.name}": also[other.name].fingerprint for other in config.also_learnt}
     if stage.data:
         inputs["data"] = index.fingerprint if stage.data == "all" else index.split(stage.data).fingerprint
+    teacher = stage.teacher(config)
+    if teacher is not None:  # what a store of it would depend on
+        inputs["data"] = index.split(teacher.split).fingerprint
+        inputs["weights"] = weights_identity(resolve_teacher(teacher), teacher.weights)
+        inputs["teacher"] = digest_json({"version": STAGES["extract"].version, "settings": settings_identity(teacher)})
     identity = settings.identity()
     if isinstance(settings, ExtractConfig):
         inputs["weights"] = weights_identity(resolve_teacher(settings), settings.weights)
@@ -145,7 +178,7 @@ def _plan_stage(
     finish_exchange(folder)
 
     def planned(action: Action, reason: str, is_again: bool = False) -> StagePlan:
-        return StagePlan(stage, action, reason, folder, fingerprint, inputs, settings, is_again)
+        return StagePlan(stage, action, reason, folder, fingerprint, inputs, settings, is_again, teacher)
 
     result = read_result(folder)
     if result is not None and result.fingerprint == fingerprint:
@@ -163,7 +196,18 @@ def _plan_stage(
     return planned("run", _why_new(stage, workspace, settings.identity(), inputs))
 
 
-def _newer_inputs(result: StageResult, plans: dict[str, StagePlan]) -> list[str]:
+def _with_stores_of(settings: DistillConfig, config: PipelineConfig, also: Mapping[str, StagePlan]) -> DistillConfig:
+    """The settings of a student that learns from the further teachers' stores, too: in front of those that were made
+    elsewhere."""
+    stores = [
+        OtherStore(store=str(also[other.name].folder.absolute()), weight=other.loss_weight)
+        for other in config.also_learnt
+        if other.loss_weight is not None
+    ]
+    return settings.model_copy(update={"also": (*stores, *settings.also)})
+
+
+def _newer_inputs(result: StageResult, plans: Mapping[str, StagePlan]) -> list[str]:
     """Inputs that a stage read and that were made again since (a report reads results, not only what they point to)."""
     read = result.metrics.get("read_results", {})
     return [

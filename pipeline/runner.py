@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from extract.extraction import with_absolute_paths
 from pipeline import provenance
 from pipeline.planning import Plan, StagePlan
 from pipeline.stages import needs
@@ -17,6 +18,9 @@ from storage.errors import ConfigError, DecantError, StoreBusyError
 from storage.image_index import ImageIndex, require_labels
 from storage.lock import hold_lock
 from storage.stage import Interrupted, Progress, StageResult
+
+_LIVE_TEACHERS = "extract.online:open_live"
+"""What makes a teacher that works inside another stage, as `module:function`."""
 
 
 def execute(
@@ -35,13 +39,7 @@ def execute(
         Interrupted, DecantError: from a stage; what it had finished is kept.
     """
     wanted = set(names)
-    for name, item in plan.stages.items():
-        if name not in wanted and item.action != "skip":
-            verb = "need" if len(wanted) > 1 else "needs"
-            raise ConfigError(
-                f"{' and '.join(sorted(wanted))} {verb} {name}, which is not done ({item.reason}); "
-                f"run `make {item.stage.command}` first, or `make run` for everything"
-            )
+    _check_needs(plan, wanted)
     _check_labels(plan.images, wanted)
     results = {}
     for name in (name for name in plan.stages if name in wanted):
@@ -54,6 +52,20 @@ def execute(
         assert result is not None
         results[name] = result
     return results
+
+
+def _check_needs(plan: Plan, wanted: set[str]) -> None:
+    """Refuse what rests on something that is not there and was not asked for."""
+    further = {f"the store of {teacher}": item for teacher, item in plan.also.items()}
+    for name, item in (plan.stages | further).items():
+        if item.stage.name not in wanted and item.action != "skip":
+            verb = "need" if len(wanted) > 1 else "needs"
+            remedy = f"run `make {item.stage.command}` first, or `make run` for everything"
+            if name in further:
+                remedy = f"run `make extract TEACHER={','.join(plan.config.teachers)}` first"
+            raise ConfigError(
+                f"{' and '.join(sorted(wanted))} {verb} {name}, which is not done ({item.reason}); {remedy}"
+            )
 
 
 def _check_labels(images: ImageIndex, wanted: set[str]) -> None:
@@ -142,7 +154,10 @@ def _outcomes(
 ) -> list[dict[str, Any] | DecantError]:  # fmt: skip
     """The metrics of each item, or why it has none."""
     module = importlib.import_module(items[0].stage.module)
-    options = {"retry_failed": True} if retry_failed and items[0].stage.folder == "stores" else {}
+    options: dict[str, Any] = {"retry_failed": True} if retry_failed and items[0].stage.folder == "stores" else {}
+    if items[0].teacher is not None:  # a stage that trains imports no teachers: it is told whom to ask
+        settings = with_absolute_paths(items[0].teacher).to_json()
+        options["live"] = {"entry": _LIVE_TEACHERS, "settings": settings}
     if len(items) == 1:
         return [module.run(items[0].settings, inputs, folders[0], progress, **options)]
     stores = [(item.settings, folder) for item, folder in zip(items, folders, strict=True)]

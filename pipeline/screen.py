@@ -9,6 +9,7 @@ from rich.table import Table
 from extract.config import ExtractConfig
 from extract.resolve import needed_view_bytes, resolve_teacher
 from extract.teachers import TEACHERS
+from pipeline.config import PipelineConfig
 from pipeline.planning import Plan, StagePlan
 from pipeline.stages import STAGES
 from pipeline.store_status import status_lines, what_became_of_filling
@@ -39,10 +40,23 @@ def show_plan(plan: Plan, stages: tuple[str, ...]) -> None:
             style = {"skip": "dim", "run": "bold", "resume": "bold"}[item.action]
             table.add_row(title, item.action, item.reason, style=style)
     console.print(table)
-    if plan.also and "distill" in stages:
-        console.print(f"students are trained from the store of {plan.config.extract.teacher}, the first one named")
+    if "distill" in stages:
+        _show_sources(plan.config)
     if "extract" in stages:
         _show_sizes(plan, counts["train"])
+
+
+def _show_sources(config: PipelineConfig) -> None:
+    """Which teachers a student learns from, where that is not plain."""
+    first, learnt = config.extract.teacher, [other.name for other in config.also_learnt]
+    if config.distill.online:
+        console.print(
+            f"distill asks the teacher {first} in every step (ONLINE=1, distill.online): it needs no store of it"
+        )
+    if learnt:
+        console.print(f"students learn from {first}, {', '.join(learnt)}: a projector and a loss for each")
+    elif config.also and not config.distill.online and config.distill.store is None:
+        console.print(f"students are trained from the store of {first}, the first one named")
 
 
 def _teacher(store: StagePlan) -> str:

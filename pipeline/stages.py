@@ -1,7 +1,7 @@
 """The stage graph, as data."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -29,24 +29,43 @@ class Stage(NamedTuple):
     folder: str
     label: Callable[[PipelineConfig], str]
     """Readable part of its output folder's name."""
-    elsewhere: Callable[[PipelineConfig], str | None] = lambda config: None
-    """A store that was made elsewhere, by path or URL, and is used in the place of `needs`."""
     has_needs: Callable[[PipelineConfig], bool] = lambda config: True
     """Whether it depends on `needs` at all."""
+    elsewhere: Callable[[PipelineConfig], Mapping[str, str]] = lambda config: {}
+    """Stores that were made elsewhere and are used, too: what each is to the stage, and its path or URL."""
+    teacher: Callable[[PipelineConfig], ExtractConfig | None] = lambda config: None
+    """The teacher that works inside the stage, where one does."""
     outputs: tuple[str, ...] = ()
     """Files whose digests go into the result, so that damage is noticed before they are used. A store has receipts."""
 
 
-def _whitening_from(cfg: ExtractConfig) -> str | None:
+def _whitening_from(cfg: ExtractConfig) -> dict[str, str]:
     """The store whose whitening is taken; none where whitening learns nothing."""
-    return None if cfg.whitening.is_fitted else cfg.whitening_from
+    return {} if cfg.whitening.is_fitted or not cfg.whitening_from else {"store": cfg.whitening_from}
+
+
+def _learnt_from(config: PipelineConfig) -> dict[str, str]:
+    """Stores of other makers that a student learns from; and, for a teacher that works online, the one whose whitening
+    it takes."""
+    stores = {} if config.online_teacher is None else _whitening_from(config.online_teacher)
+    if config.distill.store is not None:
+        stores["store"] = config.distill.store
+    return stores | {f"store {number}": other.store for number, other in enumerate(config.distill.also, start=2)}
 
 
 def teacher_label(config: PipelineConfig) -> str:
-    """The teacher's name as it can be part of a folder's: `timm:NAME`, `open_clip:NAME/TAG` and paths are no such."""
-    name = config.extract.teacher
-    file = Path(name).name if ".py" in name else name
-    return plain_name(file)[:80]
+    """The teacher's name as it can be part of a folder's."""
+    return _label(config.extract.teacher)
+
+
+def _student_label(config: PipelineConfig) -> str:
+    teachers = [config.extract.teacher, *(other.name for other in config.also_learnt)]
+    return f"{'+'.join(map(_label, teachers))[:80]}-{plain_name(config.distill.student.label)}"
+
+
+def _label(teacher: str) -> str:
+    """`timm:NAME`, `open_clip:NAME/TAG` and paths cannot be part of a folder's name."""
+    return plain_name(Path(teacher).name if ".py" in teacher else teacher)[:80]
 
 
 def plain_name(text: str) -> str:
@@ -65,13 +84,14 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="extract_eval", command="evaluate", module="extract.run", version=2, config=lambda c: c.extract_eval,
             needs=("extract",), data="eval", folder="stores", label=lambda c: f"{teacher_label(c)}-eval",
-            elsewhere=lambda c: _whitening_from(c.extract_eval), has_needs=lambda c: not c.extract.whitening.is_fitted,
+            has_needs=lambda c: not c.extract.whitening.is_fitted and not _whitening_from(c.extract_eval),
+            elsewhere=lambda c: _whitening_from(c.extract_eval),
         ),
         Stage(
             name="distill", command="distill", module="distill.run", version=3, config=lambda c: c.distill,
-            needs=("extract",), data=None, folder="students",
-            label=lambda c: f"{teacher_label(c)}-{plain_name(c.distill.student.label)}",
-            outputs=("student.safetensors", "projector.safetensors"), elsewhere=lambda c: c.distill.store,
+            needs=("extract",), data=None, folder="students", label=_student_label,
+            has_needs=lambda c: c.distill.store is None and not c.distill.online, elsewhere=_learnt_from,
+            teacher=lambda c: c.online_teacher, outputs=("student.safetensors", "projector.safetensors"),
         ),
         Stage(
             name="finetune", command="finetune", module="finetune.run", version=2, config=lambda c: c.finetune,
@@ -94,7 +114,7 @@ STAGES: dict[str, Stage] = {
 
 def needs(stage: Stage, config: PipelineConfig) -> tuple[str, ...]:
     """The stages that a stage depends on under some settings."""
-    return stage.needs if stage.has_needs(config) and not stage.elsewhere(config) else ()
+    return stage.needs if stage.has_needs(config) else ()
 
 
 def upstream(names: tuple[str, ...], config: PipelineConfig) -> list[str]:

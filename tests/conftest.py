@@ -40,11 +40,14 @@ def tree_bytes() -> Callable[[Path], dict[str, bytes]]:
     """Every file below a folder with its bytes, leaving out locks, states and logs."""
 
     def read(root: Path) -> dict[str, bytes]:
-        passed_over = {"LOCK", "result.json", "state.json"}
+        passed_over = {"LOCK", "result.json", "state.json", "metrics.jsonl"}
         return {
             str(path.relative_to(root)): path.read_bytes()
             for path in sorted(root.rglob("*"))
-            if path.is_file() and path.name not in passed_over and not path.name.endswith(".events.jsonl")
+            if path.is_file()
+            and path.name not in passed_over
+            and not path.name.endswith(".events.jsonl")
+            and "tensorboard" not in path.parts
         }
 
     return read

@@ -51,9 +51,9 @@ def test_every_variable_has_its_option(make: Make) -> None:
     given = {
         "PRESET": "smoke", "TEACHER": "toy", "WEIGHTS": "w.pt", "DATA": "d", "VIEWS": "3", "LAYOUT": "wds",
         "ENCODING": "int8", "WHITENING": "pca", "STORE": "s3://b/store", "STUDENT": "toy", "SEEDS": "2",
-        "EXECUTOR": "process", "RAY": "10.0.0.1:6379", "WORK": "w",
+        "GPUS": "8", "LAUNCHER": "ray", "ACCUMULATE": "2", "EXECUTOR": "process", "RAY": "10.0.0.1:6379", "WORK": "w",
     }  # fmt: skip
-    flags = {"FORCE": "--force", "JOIN": "--join", "RETRY_FAILED": "--retry-failed"}
+    flags = {"ONLINE": "--online", "FORCE": "--force", "JOIN": "--join", "RETRY_FAILED": "--retry-failed"}
     option = {name: f"--{name.lower()}" for name in given} | {"RAY": "--ray-address"}
     variables = [f"{name}={value}" for name, value in given.items()] + [f"{name}=1" for name in flags]
     expected = [word for name, value in given.items() for word in (option[name], value)]
@@ -78,6 +78,11 @@ def test_json_values(make: Make) -> None:
 @pytest.mark.parametrize(("value", "forced"), [("1", True), ("yes", True), ("", False), ("0", False), ("no", False)])
 def test_force(make: Make, value: str, forced: bool) -> None:
     assert words(make("-n", "distill", f"FORCE={value}")) == ["distill", *(["--force"] if forced else [])]
+
+
+@pytest.mark.parametrize(("value", "word"), [("1", ["--online"]), ("0", ["--no-online"]), ("", [])])
+def test_a_switch_can_be_put_back(make: Make, value: str, word: list[str]) -> None:
+    assert words(make("-n", "distill", f"ONLINE={value}")) == ["distill", *word]
 
 
 def test_every_command_of_the_program_has_its_target(make: Make) -> None:

@@ -71,8 +71,11 @@ def test_naming_one_of_them_keeps_the_settings(resolve: Callable[..., PipelineCo
 @pytest.mark.parametrize(
     ("command", "options", "said"),
     [
-        ("distill", {"teacher": "toy,toy-large"}, "`distill` works with one teacher, found 2 (toy, toy-large)"),
-        ("demo", {"teacher": "toy,toy-large"}, "`extract`, `plan` and `run` take several"),
+        ("finetune", {"teacher": "toy,toy-large"}, "`finetune` works with one teacher, found 2 (toy, toy-large)"),
+        ("demo", {"teacher": "toy,toy-large"}, "`extract`, `plan`, `run` and `distill` take several"),
+        ("distill", {"teacher": "toy,toy-large", "store": "/a"}, "leave out the one or the other"),
+        ("distill", {"store": "/a,,/b"}, "there is nothing beside a comma"),
+        ("distill", {"store": "/a,/b,/a"}, "STORE names '/a' twice"),
         ("extract", {"teacher": "toy,,toy-large"}, "there is no name beside a comma"),
         ("extract", {"teacher": "toy,"}, "there is no name beside a comma"),
         ("extract", {"teacher": "toy,toy"}, "TEACHER names 'toy' twice"),

@@ -181,4 +181,4 @@ def test_only_what_is_fitted_makes_the_held_out_store_wait() -> None:
         assert needs(stage, fitted) == ("extract",)
         distill = fitted.distill.model_copy(update={"store": "s3://b/x"})
         elsewhere = fitted.model_copy(update={"distill": distill})
-        assert (needs(stage, elsewhere), stage.elsewhere(elsewhere)) == ((), "s3://b/x")
+        assert (needs(stage, elsewhere), stage.elsewhere(elsewhere)) == ((), {"store": "s3://b/x"})
