@@ -27,8 +27,8 @@ _POSITIONS = {
     "per_block": {"use_rel_pos_bias": True},
     "absolute": {"use_abs_pos_emb": True},
 }
-_NOT_ALL_TAKE = ("img_size", "global_pool", "drop_path_rate")
-"""Arguments that some of timm's networks know nothing of: a convolution takes any size, for one."""
+_UNKNOWN_ARGUMENTS = re.compile(r"(?<=['\"])\w+(?=['\"])")
+"""The quoted names in Python's, and timm's, complaint about arguments that a function does not have."""
 
 
 def build_student(cfg: StudentConfig, *, drop_path: float) -> Any:
@@ -73,21 +73,21 @@ def build_timm(cfg: TimmStudent, *, drop_path: float, num_classes: int, global_p
 
 
 def _create(cfg: TimmStudent, wanted: dict[str, Any], num_classes: int) -> nn.Module:
-    """`timm.create_model` with those of the wanted arguments that the network knows."""
+    """`timm.create_model` with those of the wanted arguments that the network takes."""
+    arguments = wanted | cfg.arguments
     while True:
         try:
-            student: nn.Module = timm.create_model(
-                cfg.model, pretrained=False, num_classes=num_classes, **(wanted | cfg.arguments)
-            )
+            student: nn.Module = timm.create_model(cfg.model, pretrained=False, num_classes=num_classes, **arguments)
         except TypeError as error:
-            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-            if unknown and unknown[1] in wanted and unknown[1] in _NOT_ALL_TAKE and unknown[1] not in cfg.arguments:
-                del wanted[unknown[1]]
-                continue
-            raise _refused(cfg, error) from error
+            unknown = set(_UNKNOWN_ARGUMENTS.findall(str(error)))
+            if not unknown or not unknown <= wanted.keys() & arguments.keys():
+                raise _refused(cfg, error) from error
+            arguments = {name: value for name, value in arguments.items() if name not in unknown}
         except (AssertionError, KeyError, RuntimeError, ValueError) as error:
-            raise _refused(cfg, error) from error
-        return student
+            if arguments.pop("global_pool", None) is None:  # some networks only know theirs
+                raise _refused(cfg, error) from error
+        else:
+            return student
 
 
 def _refused(cfg: TimmStudent, error: Exception) -> ConfigError:

@@ -50,7 +50,8 @@ def find_layout(student: nn.Module, input_px: int, name: str) -> TokenLayout:
     if features.ndim == 4:
         height, width, channels = _map_sizes(student, features)
         return TokenLayout(0, has_cls=False, grid_hw=(height, width), width=channels)
-    num_prefix_tokens = int(getattr(student, "num_prefix_tokens", 0))
+    has_cls_token = getattr(student, "cls_token", None) is not None
+    num_prefix_tokens = int(getattr(student, "num_prefix_tokens", has_cls_token))
     num_tokens = features.shape[1] - num_prefix_tokens
     return TokenLayout(
         num_prefix_tokens, _has_cls(student, num_prefix_tokens), _square(num_tokens, name), features.shape[2]

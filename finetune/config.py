@@ -21,7 +21,9 @@ class FinetuneConfig(Schema):
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     epochs: int = Field(default=100, ge=1)
     batch_size: int = Field(default=256, ge=1)
-    optim: OptimConfig = OptimConfig(base_lr=1.25e-3, warmup_epochs=20.0, clip_grad=5.0)
+    optim: OptimConfig = OptimConfig(
+        base_lr=1.25e-3, warmup_lr=2.5e-7, min_lr=2.5e-7, warmup_epochs=20.0, clip_grad=5.0
+    )  # fmt: skip
     layer_decay: float = Field(default=0.65, gt=0, le=1)
     """Each block's learning rate is this share of the next one's."""
     drop_path: float = Field(default=0.1, ge=0, lt=1)
