@@ -22,6 +22,7 @@ READ_DATA ?=
 STORE ?=
 FROM ?=
 TO ?=
+FORMAT ?=
 STUDENT ?=
 ONLINE ?=
 GPUS ?=
@@ -53,7 +54,7 @@ OPTIONS = $(strip $(call option,preset,PRESET) $(call option,teacher,TEACHER) $(
 PIPELINE = @$(BIN)/python -m pipeline
 
 STAGE_COMMANDS := demo run plan precision extract distill finetune evaluate report
-.PHONY: help setup test check fix bench clean $(STAGE_COMMANDS) status join audit verify repair convert upload teachers
+.PHONY: help setup test check fix bench clean $(STAGE_COMMANDS) status join audit verify repair convert upload export import teachers
 
 help: ## this list
 	@echo "usage: make <command> [TEACHER=clip-l] [DATA=<folder>] [VIEWS=4] [STUDENT=vit-b] [SEEDS=3] [PRESET=...]"
@@ -93,6 +94,8 @@ verify: setup ## compare the stores with what was committed: READ_DATA=100%, 5%,
 repair: setup ## make again what is damaged of the stores, and nothing else
 convert: setup ## a store to another layout or encoding: FROM=<store> TO=<folder> LAYOUT=wds ENCODING=int8
 upload: setup ## a finished store to an object store: FROM=<store> TO=s3://bucket/store
+export: setup ## a student for timm, the hub and ONNX: FROM=runs/students/<run> TO=<folder> FORMAT=timm|onnx|both
+import: setup ## a checkpoint of the paper's authors as a student: FROM=<file.pth> TO=<folder>
 teachers: setup ## the teachers by name: what they see and give, what they cost, their licence
 
 $(STAGE_COMMANDS):
@@ -115,6 +118,12 @@ convert:
 
 upload:
 	$(PIPELINE) $@ $(call quoted,FROM) $(call quoted,TO)
+
+export:
+	$(PIPELINE) $@ $(call quoted,FROM) $(call quoted,TO) $(call option,format,FORMAT) $(call flag,force,FORCE)
+
+import:
+	$(PIPELINE) $@ $(call quoted,FROM) $(call quoted,TO) $(call option,teacher,TEACHER) $(call flag,force,FORCE)
 
 teachers:
 	$(PIPELINE) $@

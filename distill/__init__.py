@@ -32,4 +32,11 @@ agent.py       torchrun that ends with the command that started it
 launch.py      several processes for one distillation
 launch_ray.py  the same by Ray Train; the only file here that knows Ray
 run.py         the stage
+saved_student.py  a student that a run or an import left in a folder, as a network
+importing.py   a student from the authors' checkpoints
+export.py      a student as a folder that other programs read
+export_folder.py  that folder in its place: whole or not at all
+timm_folder.py  what timm and the hub find in it
+model_card.py  its README
+onnx.py        the student as an ONNX graph
 """

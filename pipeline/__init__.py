@@ -21,6 +21,7 @@ store_status.py  how far the stores are that are being filled
 audit.py       random records of stores, made again by their teachers
 repair.py      which shards of a store are damaged, and how they are made again
 store_commands.py  verify, repair, convert, upload, join
+export_commands.py  export, import
 options.py     the words of the command line
 settings.py    where a command's settings come from
 cli.py         the commands

@@ -15,6 +15,7 @@ from pipeline import provenance
 from pipeline.config import PipelineConfig
 from pipeline.demo_data import prepare_solar_cells
 from pipeline.estimate import show_estimate
+from pipeline.export_commands import COMMANDS as STUDENT_COMMANDS
 from pipeline.options import TRIAL, WORK, stage_options
 from pipeline.planning import Plan, make_plan
 from pipeline.precision_table import show_precisions
@@ -121,8 +122,8 @@ def status(stores: tuple[str, ...], work: Path) -> None:
     show_status(open_workspace(work), stores)
 
 
-for _store_command in STORE_COMMANDS:
-    cli.add_command(_store_command)
+for _other_command in (*STORE_COMMANDS, *STUDENT_COMMANDS):
+    cli.add_command(_other_command)
 
 
 @cli.command(help="The teachers by name: what they see and give, what they cost, their licence.")
