@@ -1,7 +1,6 @@
 """The grids of student and teacher: compared, or brought together."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.student_config import BeitStudent, StudentConfig
@@ -61,7 +60,10 @@ class GridResampler(nn.Module):
 
 
 def _weights(from_length: int, to_length: int) -> Tensor:
-    """The matrix (to, from) of the resampling of one side."""
-    unit_vectors = torch.eye(from_length, device="cpu").view(1, from_length, from_length, 1)
-    resampled = F.interpolate(unit_vectors, size=(to_length, 1), mode="bilinear", antialias=True, align_corners=False)
-    return resampled[0, :, :, 0].T.contiguous()
+    """The matrix (to, from) of the resampling of one side: triangles that reach one old or one new step, whichever is
+    longer. As `torch.nn.functional.interpolate` with `antialias`."""
+    step = from_length / to_length
+    centre_P1 = (torch.arange(to_length, dtype=torch.float64, device="cpu").unsqueeze(1) + 0.5) * step
+    place_H = torch.arange(from_length, dtype=torch.float64, device="cpu") + 0.5
+    weight_PH = (1 - (place_H - centre_P1).abs() / max(step, 1)).clamp(min=0)
+    return (weight_PH / weight_PH.sum(1, keepdim=True)).float()
