@@ -111,7 +111,7 @@ def test_an_unknown_name_offers_the_nearest_at_its_level(text: str, said: str) -
         ("distill.student.input_px=33", "not a multiple of patch_px 8"),
         ("distill.student.heads=5", "not a multiple of heads 5"),
         ("extract.run.executor=slurm", "'ray', 'process' or 'inline'"),
-        ("distill.student=vit-b", "instance of StudentConfig"),
+        ("distill.student=vit-b", "instance of BeitStudent, found 'vit-b'"),
         ("extract.sampler.kind=spiral", "'random_resized_crop', 'centre_crop'"),
     ],
 )
