@@ -6,6 +6,7 @@ loader for weights only.
 
 import io
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ _HARMLESS: list[Any] = [
     (_Ignored, name)
     for name in ("argparse.Namespace", "numpy.dtype", "numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar")
 ]
+_HARMLESS.append((OrderedDict, "yacs.config.CfgNode"))  # settings; a dictionary that torch lets itself be filled
 
 
 def read_checkpoint(path: Path, branch: str = "") -> dict[str, Tensor]:

@@ -25,6 +25,8 @@ _LARGEST_KEY = 2**31
 """Numbers that are far apart can have the same hash; a dictionary of many such ones takes for ever."""
 
 _CLASS = re.compile(r"__torch__\.?[\w.]* \w+|argparse Namespace")
+_DICTIONARY = re.compile(r"yacs\.config CfgNode")
+"""Classes that only are dictionaries: settings."""
 _STORAGE = re.compile(r"torch (\w+)Storage")
 _DTYPE = re.compile(r"torch (u?int|float|bfloat|complex|bool)\d*")
 
@@ -202,10 +204,7 @@ class _Machine:
             case "GLOBAL":
                 stack.append(_known(argument))
             case "NEWOBJ":
-                cls, arguments = self._take(2)
-                if arguments != () or not _CLASS.fullmatch(_expect(Name, cls)):
-                    raise RefusedError(f"an object of {cls}")
-                stack.append(Instance())
+                stack.append(_new(*self._take(2)))
             case "BUILD":
                 [state] = self._take(1)
                 _build(stack[-1], state)
@@ -237,6 +236,15 @@ class _Machine:
         return taken
 
 
+def _new(cls: Any, arguments: Any) -> Instance | dict[Any, Any]:
+    """An empty object of a known class."""
+    if arguments == () and _CLASS.fullmatch(_expect(Name, cls)):
+        return Instance()
+    if arguments == () and _DICTIONARY.fullmatch(cls):
+        return {}
+    raise RefusedError(f"an object of {cls}")
+
+
 def _expect(kind: type, value: Any) -> Any:
     if not isinstance(value, kind):
         raise RefusedError(f"a {type(value).__name__} where a {kind.__name__} belongs")
@@ -266,7 +274,7 @@ def _build(target: Any, state: Any) -> None:
 
 
 def _known(name: str) -> Name:
-    is_known = name in _FUNCTIONS or any(kind.fullmatch(name) for kind in (_CLASS, _STORAGE, _DTYPE))
+    is_known = name in _FUNCTIONS or any(kind.fullmatch(name) for kind in (_CLASS, _DICTIONARY, _STORAGE, _DTYPE))
     if len(name) > _LONGEST_NAME or not is_known:
         raise RefusedError(name.replace(" ", ".")[:_LONGEST_NAME])
     return Name(name)

@@ -3,6 +3,8 @@
 import argparse
 import collections
 import re
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from extract.checkpoints import read_checkpoint
+from extract.inert_pickle import RefusedError, read_inert
 from extract.torchscript import list_records
 from storage.errors import InputError
 
@@ -99,6 +102,30 @@ def test_settings_of_every_upstream_are_harmless(tmp_path: Path) -> None:
     other |= {"device": torch.device("cpu"), "seed": 2**63, "ids": {0: torch.zeros(1)}}
     path = save({"model": ONE | {"scale": np.float32(2)}, "optimizer": other}, tmp_path / "w.pth")
     assert list(read_checkpoint(path)) == ["a.w"]
+
+
+class CfgNode(dict):  # type: ignore[type-arg]
+    """Settings as yacs pickles them: a dictionary with attributes."""
+
+
+def test_the_authors_settings_are_harmless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their checkpoints hold a tree of yacs' settings beside student, projector, teacher, optimiser and schedule."""
+    monkeypatch.setattr(CfgNode, "__module__", "yacs.config")
+    monkeypatch.setitem(sys.modules, "yacs.config", sys.modules[__name__])
+    monkeypatch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+    config = CfgNode(BASE=[""], LR=1.2e-3, AMP=True, SIZE=(1, 2), DEV=CfgNode(PRED_FEAT="CLIP_400M"))
+    config.__dict__.update(__immutable__=True, __deprecated_keys__=set(), __renamed_keys__={}, __new_allowed__=False)
+    model = {"encoder.w": torch.ones(2), "feature_model.w": torch.ones(3).half(), "decoder.0.bias": torch.ones(1)}
+    content = {"model": model, "optimizer": {"state": {}}, "scaler": {"scale": 65536.0}, "epoch": 299, "config": config}
+    assert list(read_checkpoint(save(content, tmp_path / "w.pth"))) == list(model)
+
+
+def test_settings_are_filled_item_by_item_and_not_copied() -> None:
+    assert read_inert(b"\x80\x02cyacs.config\nCfgNode\n)\x81X\x01\x00\x00\x00aK\x01s.") == {"a": 1}
+    with pytest.raises(RefusedError, match=r"a call of yacs\.config CfgNode"):
+        read_inert(b"\x80\x02cyacs.config\nCfgNode\n}\x85R.")
+    with pytest.raises(RefusedError, match=r"an object of yacs\.config CfgNode"):
+        read_inert(b"\x80\x02cyacs.config\nCfgNode\n}\x85\x81.")
 
 
 def test_a_few_bytes_that_many_tensors_share_are_refused(tmp_path: Path) -> None:
