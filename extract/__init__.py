@@ -37,6 +37,8 @@ timing.py      where a worker's time goes
 jobs.py        the words between the driver and its workers
 driver.py      hands out jobs, and decides about what fails
   worker_state.py        what it knows about a worker
+  failures.py            what a worker's error means
+  deaths.py              when there is no use in starting another worker
   deadlines.py           when a job is taken for hung
 isolate.py     which image ends every worker that looks at it
 pools.py       workers by the name of their executor:

@@ -11,6 +11,8 @@ from typing import Generic
 
 from extract.config import ExecutionConfig
 from extract.deadlines import Deadlines
+from extract.deaths import Deaths
+from extract.failures import breaks_worker, is_memory, raise_if_final
 from extract.jobs import (
     Claims,
     Died,
@@ -28,8 +30,8 @@ from extract.jobs import (
     reason_of,
 )
 from extract.worker_state import Held, WorkerState
-from storage.errors import BadTokensError, DecantError, OwnTeacherError
-from storage.stage import Interrupted, StopRequest
+from storage.errors import BadTokensError, DecantError
+from storage.stage import StopRequest
 
 JOBS_IN_FLIGHT = 2
 """A worker process: one that it works at, and one that waits there so that it never idles while the driver thinks."""
@@ -38,8 +40,6 @@ GRACE_SECONDS = 30.0
 _POLL_SECONDS = 0.5
 _START_DEADLINE_SECONDS = 1800.0
 """For a worker to come up: the largest teachers take minutes to load."""
-_MOST_DEATHS = 20
-"""Times `max_attempts`, in a row: many more than a few shards that end workers take, far fewer than a whole store."""
 
 
 def drive(
@@ -77,7 +77,7 @@ class _Drive(Generic[Result]):
         blamed."""
         self.elsewhere: list[Job] = []
         """At work with another driver."""
-        self.deaths_in_a_row = self.failed_starts_in_a_row = 0
+        self.deaths = Deaths(cfg.max_attempts)
 
     def outcomes(self) -> Iterator[Result | FailedJob]:
         if not self.queue:
@@ -164,29 +164,32 @@ class _Drive(Generic[Result]):
             return
         match event:
             case Ready():
-                worker.jobs_at_a_time, self.failed_starts_in_a_row = event.jobs_at_a_time, 0
+                worker.jobs_at_a_time, self.deaths.failed_starts_in_a_row = event.jobs_at_a_time, 0
                 self.note("worker up", worker=event.worker, seconds=round(time.monotonic() - worker.started, 1))
             case Done():
                 self.deadlines.add(worker.let_go(event.job))
                 worker.num_done += 1
-                self.deaths_in_a_row = 0
+                worker.errors_in_a_row = 0
+                self.deaths.in_a_row = 0
                 self.suspects.discard(event.job.shard)
                 yield self._finished(event.job, event.result)
                 if self._is_tired(worker) and not worker.held:
                     self.note("worker recycled", worker=event.worker, jobs=worker.num_done)
                     self._forget(event.worker)
             case Raised(job=None):
-                _raise_if_final(event.error)
+                raise_if_final(event.error)
                 yield from self._bury(event.worker, reason_of(event.error))
             case Raised(job=Job() as job):
                 worker.let_go(job)
-                self.deaths_in_a_row = 0
-                _raise_if_final(event.error)
+                worker.errors_in_a_row += 1
+                self.deaths.in_a_row = 0
+                raise_if_final(event.error)
                 if isinstance(event.error, BadTokensError):
                     self.attempts[job.shard] = self.cfg.max_attempts - 1  # another attempt would give the same
-                if _is_memory(event.error):
+                if is_memory(event.error):
                     job = job._replace(halvings=job.halvings + 1)
                 yield from self._retry(job, reason_of(event.error), is_deadly=False)
+                self._replace_if_broken(event.worker, event.error)
             case Died():
                 yield from self._bury(event.worker, event.reason)
 
@@ -202,7 +205,8 @@ class _Drive(Generic[Result]):
         """
         worker = self._forget(number)
         self.note("worker died", worker=number, reason=reason, shards=[held.job.shard for held in worker.at_work])
-        self._count_death(worker, reason)
+        is_alone = not any(other.is_up for other in self.workers.values())
+        self.deaths.count(reason, was_up=worker.is_up, is_alone=is_alone, size=self.pool.size)
         at_work = [held.job for held in worker.at_work]
         self.queue.extendleft(held.job for held in reversed(worker.held[len(at_work) :]))
         lost = []
@@ -220,20 +224,15 @@ class _Drive(Generic[Result]):
         for job in blamed:
             yield from self._retry(job._replace(halvings=job.halvings + 1), reason, is_deadly=True)
 
-    def _count_death(self, worker: WorkerState, reason: str) -> None:
-        """
-        Raises:
-            DecantError: there is no use in starting another one.
-        """
-        if worker.is_up:
-            self.deaths_in_a_row += 1
-        else:
-            self.failed_starts_in_a_row += 1
-        size, attempts = self.pool.size, self.cfg.max_attempts
-        is_alone = not any(other.is_up for other in self.workers.values())
-        is_hopeless = is_alone and self.failed_starts_in_a_row > 2 * attempts * size
-        if is_hopeless or self.deaths_in_a_row > attempts * max(_MOST_DEATHS, 2 * size):
-            raise DecantError(f"no worker survives; the last one: {reason}")
+    def _replace_if_broken(self, number: int, error: BaseException) -> None:
+        """Where the worker may be what fails, not its jobs, another one takes its place. What else it has is not
+        blamed."""
+        worker = self.workers[number]
+        is_broken = breaks_worker(error) or (worker.is_unreliable and not worker.held)
+        if is_broken and self.pool.can_kill:
+            self._forget(number)
+            self.note("worker died", worker=number, reason=f"it only fails: {reason_of(error)}")
+            self.queue.extendleft(held.job for held in reversed(worker.held))
 
     def _forget(self, number: int) -> WorkerState:
         self.pool.kill(number)  # one that only cannot be reached would keep its CPU or GPU
@@ -251,7 +250,8 @@ class _Drive(Generic[Result]):
         yield FailedJob(job, reason, is_deadly)
 
     def _is_tired(self, worker: WorkerState) -> bool:
-        return self.pool.can_kill and 0 < self.cfg.recycle_after <= worker.num_done + len(worker.held)
+        is_used_up = 0 < self.cfg.recycle_after <= worker.num_done + len(worker.held)
+        return self.pool.can_kill and (is_used_up or worker.is_unreliable)
 
     def _end_hung(self) -> Iterator[Result | FailedJob]:
         if not self.pool.can_kill:
@@ -286,15 +286,3 @@ class _Drive(Generic[Result]):
                     under_way -= {(event.worker, event.job)}
                 elif isinstance(event, Died):
                     under_way = {call for call in under_way if call[0] != event.worker}
-
-
-def _raise_if_final(error: BaseException) -> None:
-    """What neither another attempt nor another shard can mend."""
-    if isinstance(error, DecantError | Interrupted) and not isinstance(error, BadTokensError | OwnTeacherError):
-        raise error from None
-
-
-def _is_memory(error: BaseException) -> bool:
-    """Whether smaller batches may help."""
-    text = f"{type(error).__name__}: {error}"  # of several stores, the error stands in another one's text
-    return any(word in text for word in ("MemoryError", "OutOfMemory", "t allocate memory"))

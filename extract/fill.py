@@ -48,7 +48,7 @@ def fill(
 
 
 _HOPELESS = 10
-"""Shards that are given up, with none that is done, before it is taken for a matter of all."""
+"""Shards that are given up in a row before it is taken for a matter of all."""
 
 
 class _Filler:
@@ -57,7 +57,7 @@ class _Filler:
     def __init__(self, stores: Sequence[Filling], pool: Pool, watch: Watch, stop: StopRequest, claims: Claims) -> None:
         self.stores, self.pool, self.watch, self.stop, self.claims = stores, pool, watch, stop, claims
         self.plan, self.run = stores[0].plan, stores[0].cfg.run
-        self.num_given_up = self.num_taken_up = 0
+        self.given_up_in_a_row = 0
         self.deadlines = Deadlines(self.run.job_seconds)
 
     def carry_out(self, jobs: Iterable[Job]) -> Iterable[FailedJob]:
@@ -81,16 +81,16 @@ class _Filler:
         if failed.is_deadly and self.pool.can_kill and not known_elsewhere:
             return False
         self.watch.given_up(failed)
-        self.num_given_up += 1
+        self.given_up_in_a_row += 1
         found = [None if shard in store.done else store.look_again(shard) for store in self.stores]
         for store in self.stores:
             store.give_up(failed)
         self.claims.release(failed.job)  # only now: another driver would try it again
         if any(found):
             self._take_up(shard, found, StageSeconds())
-        if self.num_given_up >= _HOPELESS and not self.num_taken_up:
+        if self.given_up_in_a_row >= _HOPELESS:
             raise DecantError(
-                f"the first {self.num_given_up} shards were all given up, the last one: {failed.reason}; this is no "
+                f"{self.given_up_in_a_row} shards were given up in a row, the last one: {failed.reason}; this is no "
                 "matter of a few images: mend that, then try again with --retry-failed (RETRY_FAILED=1)"
             )
         return True
@@ -132,7 +132,7 @@ class _Filler:
     def _take_up(
         self, shard: int, entries: Sequence[ShardEntry | None], seconds: StageSeconds, *, is_ours: bool = True
     ) -> None:
-        self.num_taken_up += 1
+        self.given_up_in_a_row = 0
         new = [None if shard in store.done else entry for store, entry in zip(self.stores, entries, strict=True)]
         for store, entry in zip(self.stores, new, strict=True):
             if entry is not None:

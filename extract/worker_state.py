@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 from extract.jobs import Job
 
+_MOST_ERRORS = 2
+"""In a row. Fewer than the attempts that a job has: the last one is another worker's."""
+
 
 class Held(NamedTuple):
     """A job that a worker has."""
@@ -22,11 +25,16 @@ class WorkerState:
         self.jobs_at_a_time = 0
         """0 until it is up."""
         self.started = time.monotonic()
-        self.num_done = 0
+        self.num_done = self.errors_in_a_row = 0
 
     @property
     def is_up(self) -> bool:
         return self.jobs_at_a_time > 0
+
+    @property
+    def is_unreliable(self) -> bool:
+        """Whether the worker may be to blame for what fails, and not its jobs."""
+        return self.errors_in_a_row >= _MOST_ERRORS
 
     @property
     def at_work(self) -> list[Held]:
