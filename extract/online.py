@@ -158,9 +158,8 @@ class OnlineReader(FeatureReader):
                 size_hw = read_size(self._images.source.read_bytes(self._images.keys[position]))
             except BadImageError as error:
                 raise self._unusable(position, error) from error
-            self._heights_N[position], self._widths_N[position] = (
-                size_hw  # height first: the width says that it is there
-            )
+            # the height first: another thread takes the width for a sign that both are there
+            self._heights_N[position], self._widths_N[position] = size_hw
         image_hw = int(self._heights_N[position]), int(self._widths_N[position])
         return self._sampler.view(ImageKey(self._images.keys[position]), view_index, image_hw)
 
