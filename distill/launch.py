@@ -50,7 +50,7 @@ def launch(job: Job, progress: Progress, stop: StopRequest) -> dict[str, Any]:
     write_file(folder / JOB_FILE, job.model_dump_json().encode())
     follower = Follower(folder / PROGRESS_FILE, progress)
     with closing(follower), _start(job.cfg.run, folder, progress) as processes:
-        while processes.poll() is None:
+        while processes.poll() is None and not _has_failed(folder):
             time.sleep(_POLL_SECONDS)
             follower.follow()
             if stop and not (folder / STOP_FILE).exists():
@@ -58,6 +58,12 @@ def launch(job: Job, progress: Progress, stop: StopRequest) -> dict[str, Any]:
         status = processes.poll()
         follower.follow()
     return _read_outcome(folder, status, stop)
+
+
+def _has_failed(folder: Path) -> bool:
+    """Whether something was wrong that another attempt would not mend."""
+    path = folder / OUTCOME_FILE
+    return path.exists() and bool(Outcome.from_file(path, path.read_bytes()).error)
 
 
 def _read_outcome(folder: Path, status: int | None, stop: StopRequest) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -70,8 +71,13 @@ def join_team(device: torch.device) -> Iterator[Team]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if is_ours:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=_TIMEOUT, device_id=device if device.type == "cuda" else None)
+        store, rank, size = next(rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # or they would find the words of an earlier one
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT, rank=rank, world_size=size,
+            store=dist.PrefixStore(f"attempt-{attempt}", store),
+            device_id=device if device.type == "cuda" else None,
+        )  # fmt: skip
     try:
         yield Team(dist.get_rank(), dist.get_world_size())
     finally:

@@ -128,6 +128,16 @@ def test_stopped_and_continued_it_is_the_same_to_the_bit(
     assert largest_difference(tmp_path / "one", tmp_path / "whole") < 2e-5, "of one process, but for rounding"
 
 
+def test_killed_and_continued_it_is_the_same_to_the_bit(train: Callable[..., list[int]], tmp_path: Path) -> None:
+    cfg = with_run(gpus=2, checkpoint_seconds=1e-9)
+    train(cfg, tmp_path / "whole")
+    for step in (1, 4, 5):
+        first, second = train(cfg, tmp_path / "killed", step=step, how="kill")
+        assert (first != 0, second) == (True, -signal.SIGKILL)
+    train(cfg, tmp_path / "killed")
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
 def test_a_checkpoint_of_many_is_one_for_few(
     train: Callable[..., list[int]], inputs: dict[str, Path], tmp_path: Path
 ) -> None:
