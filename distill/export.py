@@ -20,7 +20,7 @@ from distill.saved_student import SavedStudent, load_student
 from distill.timm_folder import CONFIG, WEIGHTS, timm_arguments, timm_config
 from distill.token_layout import find_layout, student_tokens
 from storage.atomic import to_json_bytes, write_file
-from storage.errors import InputError, first_line
+from storage.errors import InputError
 from storage.fingerprint import digest_file
 from storage.schema import Schema, Sealed
 
@@ -123,7 +123,7 @@ def _timm_difference(saved: SavedStudent, folder: Path) -> float:
             found_BTC = student_tokens(loaded, images_BCHW)
     except (RuntimeError, TypeError, ValueError, KeyError) as error:
         raise InputError(
-            f"timm {timm.__version__} cannot read what was exported ({first_line(error)}); {remedy}"
+            f"timm {timm.__version__} cannot read what was exported ({' '.join(str(error).split())[:200]}); {remedy}"
         ) from error
     with torch.no_grad():
         expected_BTC = student_tokens(saved.network, images_BCHW)

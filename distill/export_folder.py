@@ -1,6 +1,7 @@
 """Putting an exported folder in its place: whole or not at all, and never over something else."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,9 +60,20 @@ def publish_folder(private: Path, target: Path, own_files: frozenset[str]) -> No
         aside = private_name(target)
         if target.exists():
             os.rename(target, aside)  # a kill between the two leaves no export: the same command makes it again
-        os.rename(private, target)
+        _rename_to_nothing(private, target)
         fsync_folder(target.parent)
     remove_tree(aside)
+
+
+def _rename_to_nothing(private: Path, target: Path) -> None:
+    try:
+        os.rename(private, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise ConfigError(
+            f"another command wrote {target} in the meantime; look at it, then give yours again"
+        ) from error
 
 
 def _publish_files(private: Path, target: Path, own_files: frozenset[str]) -> None:

@@ -27,7 +27,7 @@ TOLERANCE = 1e-3
 """Between graph and student, as a share of the largest value (of 1 where that is larger)."""
 _MOST_BYTES_INSIDE = 1_500_000_000
 """A file of the format can have 2 GB."""
-_MODULES = ("onnx", "onnxscript")
+_MODULES, _RUNTIME = ("onnx", "onnxscript"), "onnxruntime"
 _INSTALL = "pip install 'decant-fd[onnx]'"
 
 
@@ -89,7 +89,7 @@ def onnx_difference(student: nn.Module, input_px: int, folder: Path) -> float | 
     Raises:
         InputError: they are not the same.
     """
-    if importlib.util.find_spec("onnxruntime") is None:
+    if importlib.util.find_spec(_RUNTIME) is None:
         return None
     import onnxruntime
 

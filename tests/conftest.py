@@ -31,6 +31,7 @@ _TOPICS = (
     "folder_server",
     "object_server",
     "parquet",
+    "saved_students",
 )
 pytest_plugins = [f"tests.fixtures.{topic}" for topic in _TOPICS]
 
