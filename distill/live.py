@@ -18,12 +18,22 @@ from storage.schema import Schema
 from storage.store import FeatureReader
 
 
+class LiveReader(FeatureReader):
+    """Has the plan, the images and the views of a store, and instead of tokens the pixels that the teacher looks at:
+    `new_batch` and `read_encoded` know `pixels` (B, px, px, 3) uint8 alone."""
+
+    input_px: int
+    """Of the teacher."""
+    shares_pixels: bool
+    """Set where the student looks at the same pixels: then they are not rendered twice."""
+
+
 class LiveTeacher(Protocol):
     """A teacher, and the store that it would fill."""
 
-    reader: FeatureReader
-    """Has the plan, the images and the views of that store, and instead of tokens the pixels that the teacher looks at:
-    `new_batch` and `read_encoded` know `pixels` (B, px, px, 3) uint8 alone."""
+    @property
+    def reader(self) -> "LiveReader":
+        """That store."""
 
     def __call__(self, encoded: Mapping[str, Tensor]) -> Decoded:
         """Whitened tokens of these pixels, on the device; never changed, never with a gradient."""

@@ -75,7 +75,7 @@ def join_team(device: torch.device) -> Iterator[Team]:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # or they would find the words of an earlier one
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT, rank=rank, world_size=size,
-            store=dist.PrefixStore(f"attempt-{attempt}", store),
+            store=dist.PrefixStore(f"attempt-{attempt}", store),  # type: ignore[attr-defined]
             device_id=device if device.type == "cuda" else None,
         )  # fmt: skip
     try:

@@ -18,7 +18,7 @@ from distill.optim import build_optimizer, learning_rate, set_learning_rate
 from distill.parallel import Team, distribute, join_team, settle, whole
 from distill.state import TrainState
 from distill.stream import DistillBatch, DistillStream, Share
-from distill.student import DistillModel, normalise_images
+from distill.student import DistillModel, checkpoint_activations, normalise_images
 from distill.trackers import open_trackers
 from distill.transfer import on_device
 from storage.errors import ConfigError
@@ -68,6 +68,8 @@ def _distill(job: Job, team: Team, device: torch.device, progress: Progress, sto
         progress.say(
             f"warning: {stream.pixels.warning}: the student may see slightly other pixels than the teacher did"
         )
+    if live is not None:
+        live.reader.shares_pixels = live.reader.input_px == cfg.student.input_px and not stream.pixels.are_stored
     if len(stream.order) < 2:
         raise ConfigError(f"the store {first.location} has {len(stream.order)} usable images; two are needed")
 
@@ -76,8 +78,10 @@ def _distill(job: Job, team: Team, device: torch.device, progress: Progress, sto
     teachers = [reader.plan.features for reader in readers]
     model = DistillModel(cfg.student, teachers, drop_path=cfg.drop_path, grid=cfg.grid)
     model.to(device)
+    for note in model.notes:
+        progress.say(note)
     if cfg.run.checkpoint_activations:
-        model.student.set_grad_checkpointing()
+        checkpoint_activations(model.student)
     precision = choose_precision(cfg.run.precision, device)
     is_compiled = is_cuda if cfg.run.compile is None else cfg.run.compile
     if is_compiled:
@@ -97,9 +101,12 @@ def _distill(job: Job, team: Team, device: torch.device, progress: Progress, sto
     def loss(batch: DistillBatch) -> Tensor:
         with autocast(device, precision):
             predictions = forward(normalise_images(batch.images_BHWC, device))
+        parts = batch.stores
+        if live is not None and live.reader.shares_pixels:
+            parts = parts[0]._replace(encoded={"pixels": batch.images_BHWC}), *parts[1:]
         losses = [
             weight * objective(pred_BTC, part)
-            for weight, objective, pred_BTC, part in zip(weights, objectives, predictions, batch.stores, strict=True)
+            for weight, objective, pred_BTC, part in zip(weights, objectives, predictions, parts, strict=True)
         ]
         return torch.stack(losses).sum() / sum(weights)
 

@@ -28,7 +28,7 @@ def unwhiten(
 ) -> Tensor:
     """Whitened tokens to the teacher's own, float32, by what a store keeps beside them."""
     scaled_BSC = tokens_BSC.float() * std_BS.unsqueeze(-1) + mean_BS.unsqueeze(-1)
-    learnt = torch.from_numpy(statistics).to(scaled_BSC.device)
+    learnt = torch.tensor(statistics, device=scaled_BSC.device)  # a copy: the reader keeps its own
     if isinstance(whitening, MeanStd):
         return scaled_BSC * learnt[1] + learnt[0]
     if isinstance(whitening, Pca):
