@@ -65,7 +65,7 @@ class EventLog:
             self.why_lost = first_line(error)
 
     def _append(self, line: bytes) -> None:
-        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
         try:
             if not _ends_a_line(descriptor):  # a full disk took half of one
                 line = b"\n" + line

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from extract.config import ExecutionConfig, ExtractConfig
 from extract.resolve import names_code
-from storage.atomic import write_file
+from storage.atomic import read_regular, write_file
 from storage.errors import DamagedError, InputError
 from storage.image_index import FILE_NAME as IMAGES_FILE
 from storage.image_list import ImageList
@@ -47,7 +47,7 @@ class Extraction(Sealed):
             DamagedError: the store's list of them is not what was written.
         """
         path = root / IMAGES_FILE
-        return ImageList.from_file(path, path.read_bytes()).at(self.images_location, self.cache_dir)
+        return ImageList.from_file(path, read_regular(path)).at(self.images_location, self.cache_dir)
 
 
 def write_extraction(root: Path, cfg: ExtractConfig, images: ImageList) -> None:
@@ -67,8 +67,7 @@ def load_extraction(root: Path) -> Extraction:
     """
     path = root / FILE_NAME
     try:
-        with path.open("rb") as file:
-            data = file.read(_MOST_BYTES + 1)
+        data = read_regular(path, _MOST_BYTES + 1)
     except FileNotFoundError:
         what = "is finished" if (root / "manifest.json").exists() else "is not one that is being filled"
         raise InputError(f"there is no {path}: the store {what}; give the command that fills it") from None

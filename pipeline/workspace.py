@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from extract.events import LOG_SUFFIX, events_path
 from pipeline.stages import Stage, plain_name
-from storage.atomic import nearest_existing, read_json, remove_tree, write_json
+from storage.atomic import nearest_existing, read_json, read_regular, remove_tree, write_json
 from storage.errors import ConfigError, DamagedError
 from storage.fingerprint import digest_file, short
 from storage.schema import Schema
@@ -87,7 +87,7 @@ def read_result(folder: Path) -> StageResult | None:
     """The result of a finished stage; None when it is not finished, or its result cannot be read."""
     path = folder / "result.json"
     try:
-        return StageResult.from_file(path, path.read_bytes())
+        return StageResult.from_file(path, read_regular(path))
     except (FileNotFoundError, DamagedError):
         return None
 
@@ -95,7 +95,7 @@ def read_result(folder: Path) -> StageResult | None:
 def read_state(folder: Path) -> RunState | None:
     path = folder / "state.json"
     try:
-        return RunState.from_file(path, path.read_bytes())
+        return RunState.from_file(path, read_regular(path))
     except (FileNotFoundError, DamagedError):
         return None
 

@@ -1,4 +1,4 @@
-"""The only place that publishes files: write privately, fsync, rename, fsync the folder.
+"""The only place that publishes files: write privately, fsync, rename, fsync the folder; and how they are opened again.
 
 A reader therefore never sees half a file, also after a power cut.
 """
@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used
 _CHUNKS_A_CALL = 512
 """The system's limit for one `writev` is 1,024."""
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR}
+_IN_THE_WAY = {errno.EISDIR, errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ESPIPE}
+"""Something else is there, or on the way there, than a file: a folder, a link that leads back, a socket, a pipe."""
 
 
 @contextlib.contextmanager
@@ -37,6 +40,8 @@ def disk_errors(path: Path, needed_bytes: int = 0) -> Iterator[None]:
             ) from error
         if error.errno in _REFUSED:
             raise DiskError(f"cannot write {path}: {os.strerror(error.errno)}; choose another folder") from error
+        if error.errno in _IN_THE_WAY:
+            raise DiskError(f"cannot write {path}: {os.strerror(error.errno)}; move away what is there") from error
         raise
 
 
@@ -138,6 +143,47 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, to_json_bytes(value))
 
 
+def open_regular(path: Path | str) -> int:
+    """Open a file to read from; returns its descriptor. A pipe in its place is not waited for, a device not read.
+
+    Raises:
+        OSError: it cannot be opened, or is no file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    kind = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(kind):
+        os.set_blocking(descriptor, True)
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+    raise OSError(errno.ESPIPE, "it is a pipe or a device", str(path))
+
+
+def read_regular(path: Path, most_bytes: int | None = None) -> bytes:
+    """A small file that this program wrote.
+
+    Args:
+        most_bytes: that are read of it; all by default.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedError: something else is in its place.
+        DiskError: it cannot be read.
+    """
+    try:
+        with open(open_regular(path), "rb") as file:
+            return file.read(-1 if most_bytes is None else most_bytes)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno in _IN_THE_WAY:
+            raise DamagedError(
+                f"{path} cannot be read: {error.strerror}; move away what is there, then give the command again"
+            ) from error
+        raise DiskError(f"{path} cannot be read: {error.strerror}; see to the disk, or to who may read it") from error
+
+
 def read_json(path: Path) -> Any:
     """Read JSON that this program wrote.
 
@@ -145,7 +191,7 @@ def read_json(path: Path) -> Any:
         DamagedError: the file is not JSON any more.
     """
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_regular(path))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DamagedError(f"{path} is not readable as JSON ({error}); delete it and give the command again") from error
 

@@ -6,12 +6,14 @@ travels to another process as its place alone, so stores are safe under fork, sp
 """
 
 import contextlib
+import errno
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from storage.atomic import open_regular, read_regular
 from storage.errors import DamagedError, DiskError
 from storage.fingerprint import digest_file
 from storage.process_lock import ProcessLock
@@ -54,7 +56,7 @@ class _Descriptor:
     __slots__ = ("number",)
 
     def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.number = open_regular(path)
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, OSError):
@@ -83,7 +85,7 @@ class LocalFiles:
             DamagedError: it is missing.
         """
         with _missing_is_damage(self.location, name):
-            return (self.root / name).read_bytes()
+            return read_regular(self.root / name)
 
     def read_end(self, name: str, num_bytes: int) -> bytes:
         """The last bytes of a file; fewer when it is shorter."""
@@ -140,15 +142,18 @@ class LocalFiles:
         return (self.root / name).exists()
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None when there is no such file."""
+        """Bytes of a file; None when there is no such file, or a link that leads nowhere or back to itself."""
         try:
             return (self.root / name).stat().st_size
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
             return None
 
     def digest(self, name: str) -> str:
         """Content hash of a file of any size."""
         with _missing_is_damage(self.location, name):
+            self._descriptor(name)  # it is a file, or this raises
             return digest_file(self.root / name)
 
     def names(self, folder: str) -> list[str]:
@@ -170,7 +175,7 @@ def ends_early(path: str, expected: int) -> DamagedError:
 
 
 def _unreadable(path: str, error: OSError) -> DiskError:
-    return DiskError(f"{path} cannot be read: {os.strerror(error.errno or 0)}; see to the disk, then try again")
+    return DiskError(f"{path} cannot be read: {error.strerror}; see to the disk, then try again")
 
 
 @contextlib.contextmanager

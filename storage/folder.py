@@ -14,7 +14,7 @@ manifest.json      last
 import shutil
 from pathlib import Path
 
-from storage.atomic import make_folder, write_file
+from storage.atomic import disk_errors, make_folder, read_regular, write_file
 from storage.attempts import sweep_attempts
 from storage.claims import remove_claims
 from storage.encodings import Encoding
@@ -25,7 +25,7 @@ from storage.image_index import FILE_NAME as IMAGES_FILE
 from storage.image_list import ImageList
 from storage.layouts import LAYOUTS
 from storage.quarantine import forget_given_up
-from storage.receipts import committed_shards, receipt_name, receipt_path
+from storage.receipts import committed_shards, receipt_path
 from storage.records import Backend, FeatureSpec, FileEntry, StoreManifest, StorePlan, refuse_other
 from storage.token_subset import TokenSubset
 from storage.whitening import NO_STATISTICS, Statistics, load_statistics, statistics_files
@@ -53,7 +53,7 @@ def create_store(root: Path, plan: StorePlan, images: ImageList, statistics: Sta
         raise ConfigError(f"{root} holds another store: {found.differences(plan)}; choose another folder")
     for name, data in encode_metadata(plan, images, statistics).items():
         path = root / name
-        if not path.exists() or path.read_bytes() != data:
+        if not path.exists() or read_regular(path) != data:
             write_file(path, data)
 
 
@@ -95,7 +95,7 @@ def _check_room(root: Path, plan: StorePlan) -> None:
 
 def load_plan(root: Path) -> StorePlan:
     path = root / "plan.json"
-    text = path.read_bytes()
+    text = read_regular(path)
     refuse_other(path, text)
     return StorePlan.from_file(path, text)
 
@@ -126,7 +126,8 @@ def sweep(root: Path, plan: StorePlan) -> None:
     receipts = {path.name for path in (root / "receipts").glob("*.json")}  # before they are read: new ones are whole
     committed = committed_shards(root, plan)
     for name in receipts - {receipt_path(root, index).name for index in committed}:
-        (root / "receipts" / name).unlink(missing_ok=True)
+        with disk_errors(root / "receipts" / name):
+            (root / "receipts" / name).unlink(missing_ok=True)
     if len(committed) < plan.num_shards:
         (root / "manifest.json").unlink(missing_ok=True)
     for pattern in (".*.partial", "*/.*.partial"):
@@ -145,17 +146,17 @@ def finish_store(root: Path) -> StoreManifest:
     missing = [index for index in range(plan.num_shards) if index not in shards]
     if missing:
         raise DamagedError(f"{len(missing)} of {plan.num_shards} shards of {root} are missing, first {missing[0]}")
-    images = ImageList.from_file(root / IMAGES_FILE, (root / IMAGES_FILE).read_bytes())
+    images = ImageList.from_file(root / IMAGES_FILE, read_regular(root / IMAGES_FILE))
     described = LAYOUTS[plan.backend].metadata(plan)
     for name, data in described.items():  # once the manifest holds their digests, nothing would notice
-        if (root / name).read_bytes() != data:
+        if read_regular(root / name) != data:
             raise DamagedError(f"{root / name} has changed since the store was begun; give the command again")
     learnt = statistics_files(plan.whitening, load_statistics(LocalFiles(root), plan.whitening, plan.features.channels))
     names = [IMAGES_FILE, "plan.json", *described, *learnt]
     manifest = StoreManifest(
         plan=plan,
-        metadata=tuple(FileEntry.describe(name, [(root / name).read_bytes()]) for name in sorted(names)),
-        receipts=tuple(digest_bytes((root / receipt_name(index)).read_bytes()) for index in range(plan.num_shards)),
+        metadata=tuple(FileEntry.describe(name, [read_regular(root / name)]) for name in sorted(names)),
+        receipts=tuple(digest_bytes(read_regular(receipt_path(root, index))) for index in range(plan.num_shards)),
         num_records=sum(entry.num_records for entry in shards.values()),
         num_bytes=sum(entry.num_bytes for entry in shards.values()),
         bad_images=tuple(bad for index in range(plan.num_shards) for bad in shards[index].bad_images),

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from storage.atomic import write_file
+from storage.atomic import read_regular, write_file
 from storage.columns import DIGEST_BYTES, Digests, Keys, cut_columns, encode_columns, open_columns
-from storage.errors import BadImageError, DamagedError
+from storage.errors import BadImageError, DamagedError, DiskError
 from storage.fingerprint import digest_bytes
 from storage.image_source import ImageEntry, ImageSource
 from storage.schema import Schema
@@ -141,14 +141,14 @@ def _read_blocks(source: ImageSource, entries: Sequence[ImageEntry], pending: li
 def _load(path: Path) -> _Known | None:
     """The cache; None where there is none that can be used."""
     try:
-        text, body = open_columns(path, path.read_bytes())
+        text, body = open_columns(path, read_regular(path))
         header = _Header.from_file(path, text)
         count = header.num_images
         lengths_N, block, stats_N3, digests_N16 = cut_columns(
             path, body,
             [("<u4", (count,)), ("u1", (header.key_bytes,)), ("<u8", (count, 3)), ("u1", (count, DIGEST_BYTES))],
         )  # fmt: skip
-    except (OSError, DamagedError):
+    except (OSError, DamagedError, DiskError):
         return None
     keys = Keys(block, lengths_N)
     return None if keys.problem() else _Known(keys, stats_N3, digests_N16)

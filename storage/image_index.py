@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.atomic import make_folder, write_file
+from storage.atomic import make_folder, read_regular, write_file
 from storage.columns import Keys
 from storage.errors import ConfigError, DamagedError, InputError
 from storage.fingerprint import digest_json, digest_parts
@@ -191,7 +191,7 @@ def hold_out(entries: Sequence[ImageEntry], fraction: float, seed: int) -> list[
 
 def load_index(path: Path) -> ImageIndex:
     """Read an index file; the input `data` of every stage."""
-    return ImageIndex.from_file(path, path.read_bytes())
+    return ImageIndex.from_file(path, read_regular(path))
 
 
 def save_index(path: Path, index: ImageIndex) -> None:

@@ -11,12 +11,13 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from storage.atomic import disk_errors, make_folder
-from storage.errors import DiskError, StoreBusyError
+from storage.atomic import disk_errors, make_folder, read_regular
+from storage.errors import DecantError, DiskError, StoreBusyError
 
 _LOOKS, _PAUSE_SECONDS = 5, 0.01
 """Another process may hold a lock for a moment, to see whether it is free."""
@@ -64,7 +65,10 @@ def try_lock(path: Path) -> int | None:
         DiskError: the file cannot be written, or its file system has no locks.
     """
     with disk_errors(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DiskError(f"{path} is a pipe or a device, expected a file to lock; move it away, then try again")
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -99,7 +103,7 @@ def _write_holder(descriptor: int) -> None:
 def _holder(path: Path) -> str:
     """For people; nothing is decided by it."""
     try:
-        owner = json.loads(path.read_bytes())
+        owner = json.loads(read_regular(path))
         return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (DecantError, OSError, ValueError, KeyError, TypeError):
         return "another process"

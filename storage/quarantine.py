@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from storage.atomic import remove_tree, write_file
+from storage.atomic import read_regular, remove_tree, write_file
 from storage.errors import DamagedError
 from storage.schema import Sealed
 
@@ -35,7 +35,7 @@ def find_given_up(root: Path, index: int) -> GivenUp | None:
     """Why a shard was given up; None where it was not, or where nothing tells any more: then it is tried again."""
     path = _path(root, index)
     try:
-        found = GivenUp.from_file(path, path.read_bytes())
+        found = GivenUp.from_file(path, read_regular(path))
     except (FileNotFoundError, DamagedError):
         return None
     return found if found.shard == index else None

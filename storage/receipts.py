@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from storage.atomic import read_regular
 from storage.errors import DamagedError
 from storage.files import Files, LocalFiles
 from storage.records import ShardEntry, StorePlan
@@ -35,13 +36,12 @@ def read_receipt(root: Path, plan: StorePlan, index: int) -> ShardEntry | None:
 
     Contents are not read here: every record carries a crc32c that reads check, and `iter_damage` checks digests.
     """
+    files = LocalFiles(root)
     try:
-        entry = parse_receipt(LocalFiles(root), plan, index, receipt_path(root, index).read_bytes())
-        if any((root / f.name).stat().st_size != f.num_bytes for f in entry.files):
-            return None
+        entry = parse_receipt(files, plan, index, read_regular(receipt_path(root, index)))
     except (FileNotFoundError, DamagedError):
         return None
-    return entry
+    return None if any(files.size(file.name) != file.num_bytes for file in entry.files) else entry
 
 
 def without_receipt(root: Path, plan: StorePlan) -> list[int]:

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from storage.atomic import write_file
+from storage.atomic import read_regular, write_file
 from storage.columns import Keys, cut_columns, encode_columns, open_columns
 from storage.data_files import DataFile
-from storage.errors import DamagedError, DecantError
+from storage.errors import DamagedError, DecantError, DiskError
 from storage.fingerprint import digest_bytes, digest_json
 from storage.schema import Schema
 
@@ -108,7 +108,7 @@ def members_path(cache_dir: Path, tars: Sequence[TarStat]) -> Path:
 def load_members(path: Path, tars: Sequence[TarStat]) -> TarMembers | None:
     """What the cache says of these tars; None where there is none, or it is of tars that have changed."""
     try:
-        text, body = open_columns(path, path.read_bytes())
+        text, body = open_columns(path, read_regular(path))
         header = _Header.from_file(path, text)
         if header.tars != tuple(tars):
             return None
@@ -116,7 +116,7 @@ def load_members(path: Path, tars: Sequence[TarStat]) -> TarMembers | None:
         lengths_N, block, *columns = cut_columns(
             path, body, [("<u4", shape), ("u1", (header.key_bytes,)), *((kind, shape) for kind in _COLUMNS)]
         )
-    except (OSError, DamagedError):
+    except (OSError, DamagedError, DiskError):
         return None
     members = TarMembers(tars, header.classes, Keys(block, lengths_N), columns)
     return None if members.problem() else members

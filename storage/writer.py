@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from storage.atomic import create_file, make_folder, publish, write_private
+from storage.atomic import create_file, disk_errors, make_folder, publish, read_regular, write_private
 from storage.attempts import private_attempt
 from storage.encodings import Fields
 from storage.errors import DamagedError
@@ -102,7 +102,8 @@ class ShardWriter:
             is_there = receipt.exists()
             earlier = read_receipt(self.root, self.plan, self.index)
             if earlier is None and is_there:
-                receipt.unlink(missing_ok=True)  # a damaged one
+                with disk_errors(receipt):
+                    receipt.unlink(missing_ok=True)  # a damaged one
             elif earlier is not None and earlier != entry:
                 raise self._not_the_same()
             for name in contents:
@@ -110,7 +111,7 @@ class ShardWriter:
                 make_folder(path.parent)
                 publish(attempt / name.replace("/", "_"), path)
             written = entry.to_file()
-            if not create_file(receipt, written, attempt / "receipt") and receipt.read_bytes() != written:
+            if not create_file(receipt, written, attempt / "receipt") and read_regular(receipt) != written:
                 receipt.unlink()  # of another writer, whose files these no longer are
                 raise self._not_the_same()
             return entry
