@@ -64,7 +64,7 @@ class Card(NamedTuple):
             "teacher": self.origin.teacher or not_known,
             "licence of the teacher's weights": self.origin.licence or not_known,
         }
-        rows |= {_LABELS.get(key, key): text for key, text in sorted(self.facts.items())}
+        rows |= {_LABELS.get(key, key.replace("_", " ")): text for key, text in sorted(self.facts.items())}
         return rows | ({"made with": self.origin.made_with} if self.origin.made_with else {})
 
 

@@ -13,7 +13,7 @@ from pipeline.progress import show_when_slow
 from pipeline.screen import console
 from pipeline.stages import STAGES
 from pipeline.workspace import Workspace, find_damage, read_result
-from storage.errors import DamagedError, DecantError
+from storage.errors import DamagedError, DecantError, InputError
 from storage.files import LocalFiles
 from storage.fingerprint import digest_file, short
 from storage.reader import load_manifest
@@ -101,9 +101,15 @@ def _teacher_of(workspace: Workspace, fingerprint: str) -> str:
 def import_(source: Path, target: Path, teacher: str, force: bool) -> None:
     checkpoints = importlib.import_module("extract.checkpoints")
     importing = importlib.import_module("distill.importing")
+    if not source.is_file():
+        found = "a folder" if source.exists() else "not there"
+        raise InputError(
+            f"{source} is {found}, expected a checkpoint of the paper's authors, such as the distilled models that "
+            "their README.md links"
+        )
     with show_when_slow("import", console) as progress:
         progress.start(1, "files")
-        facts = {"converted_from": source.name, "digest_of_that": digest_file(source)}
+        facts = {"converted_from": source.name, "digest_of_that_file": digest_file(source)}
         student = importing.import_student(
             checkpoints.read_checkpoint(source), target, facts | ({"teacher": teacher} if teacher else {}), force=force
         )
