@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
+from storage.atomic import open_regular
 from storage.errors import InputError
 
 Answer = TypeVar("Answer")
@@ -64,7 +65,7 @@ class LocalFile:
 
     def open(self) -> BinaryIO:
         """To be read from place to place."""
-        return open(self.path, "rb")
+        return open(open_regular(self.path), "rb")
 
     def read(self, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes of each (offset, size); fewer where the file ends.
@@ -73,13 +74,13 @@ class LocalFile:
             LostFileError: it is gone, or cannot be read.
         """
         try:
-            with open(self.path, "rb", buffering=0) as file:
+            with open(open_regular(self.path), "rb", buffering=0) as file:
                 return [os.pread(file.fileno(), num_bytes, offset) for offset, num_bytes in spans]
         except OSError as error:
             raise self._lost(error) from error
 
     def _lost(self, error: OSError) -> LostFileError:
-        return LostFileError(self.place, f"cannot be read: {os.strerror(error.errno or 0)}")
+        return LostFileError(self.place, f"cannot be read: {error.strerror}")
 
 
 def for_each(question: Callable[..., Answer], files: Sequence[DataFile], *others: Iterable[Any]) -> list[Answer]:

@@ -1,6 +1,7 @@
 """A folder of class folders as a source of images."""
 
 import contextlib
+import errno
 import functools
 import os
 import re
@@ -13,6 +14,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
+from storage.atomic import open_regular
 from storage.errors import BadImageError, InputError
 from storage.image_source import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, ImageEntry, split_of
 
@@ -69,12 +71,12 @@ class FolderImages:
 
     def read_bytes(self, key: str) -> bytes:
         try:
-            with open(os.path.join(self.root, key), "rb", buffering=0) as file:
+            with open(open_regular(os.path.join(self.root, key)), "rb", buffering=0) as file:
                 if os.fstat(file.fileno()).st_size > MAX_IMAGE_BYTES:
                     raise BadImageError(f"larger than {MAX_IMAGE_BYTES >> 20} MiB")
                 return file.read()
         except OSError as error:
-            raise BadImageError(f"cannot be read: {os.strerror(error.errno or 0)}") from error
+            raise BadImageError(f"cannot be read: {error.strerror}") from error
 
 
 class _Identity(NamedTuple):
@@ -132,18 +134,27 @@ def _list_folder(root: Path, place: _Place) -> _Folder:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 found = entry.stat()
                 folder.subfolders.append((entry.name, _Identity(found.st_dev, found.st_ino)))
             elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
                 try:
                     found = entry.stat()
-                except OSError:  # a link to nowhere: an unusable image, counted with the others
+                except OSError:  # a link to nowhere, or back to itself: an unusable image, counted with the others
                     folder.files.append((entry.name, (0, 0, 0)))
                     continue
                 if stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
                     folder.files.append((entry.name, (found.st_size, found.st_mtime_ns, found.st_ino)))
     return folder
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # as for a link to nowhere
+            return False
+        raise
 
 
 @contextlib.contextmanager

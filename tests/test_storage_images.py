@@ -109,6 +109,28 @@ def test_a_link_to_nowhere_is_an_unusable_image_and_no_crash(tree: Tree) -> None
         source.read_bytes("a/2.png")
 
 
+def test_a_link_that_leads_back_to_itself_is_an_unusable_image_and_stops_nothing(tree: Tree) -> None:
+    root = tree("a/1.png")
+    (root / "a" / "2.png").symlink_to(root / "a" / "2.png")
+    (root / "a" / "b").symlink_to(root / "a" / "c")
+    (root / "a" / "c").symlink_to(root / "a" / "b")
+    (root / "d").symlink_to(root / "d")
+    source = open_images(str(root))
+    assert [entry.key for entry in source.list_images()] == ["a/1.png", "a/2.png"]
+    with pytest.raises(BadImageError, match="cannot be read: Too many levels of symbolic links"):
+        source.read_bytes("a/2.png")
+
+
+@pytest.mark.timeout(20)
+def test_an_image_that_has_become_a_pipe_is_not_waited_for(tree: Tree) -> None:
+    root = tree("a/1.png")
+    source = open_images(str(root))
+    (root / "a" / "1.png").unlink()
+    os.mkfifo(root / "a" / "1.png")
+    with pytest.raises(BadImageError, match="cannot be read: it is a pipe or a device"):
+        source.read_bytes("a/1.png")
+
+
 @pytest.mark.timeout(20)
 def test_pipes_and_devices_are_never_opened(tree: Tree) -> None:
     root = tree("a/1.png")
