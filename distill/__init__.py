@@ -33,6 +33,7 @@ launch.py      several processes for one distillation
 launch_ray.py  the same by Ray Train; the only file here that knows Ray
 run.py         the stage
 saved_student.py  a student that a run or an import left in a folder, as a network
+authors.py     the shape and tensors of the authors' checkpoints
 importing.py   a student from the authors' checkpoints
 export.py      a student as a folder that other programs read
 export_folder.py  that folder in its place: whole or not at all

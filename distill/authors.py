@@ -193,11 +193,13 @@ def _take(found: Mapping[str, Tensor], name: str, ndim: int) -> Tensor:
 
 
 def _count(found: Mapping[str, Tensor], pattern: str) -> int:
-    """Blocks or stages: one more than the largest number in their names."""
-    numbers = [int(match[1]) for name in found if (match := re.match(pattern, name))]
-    if not numbers:
-        raise InputError("the student has no blocks; the file may be cut")
-    return max(numbers) + 1
+    """Blocks or stages, by the numbers in their names: from 0, without a gap."""
+    numbers = {int(match[1]) for name in found if (match := re.match(pattern, name))}
+    if numbers != set(range(len(numbers))) or not numbers:
+        raise InputError(
+            f"names like {pattern!r} have the numbers {sorted(numbers)[:50]}, expected 0, 1, ...; the file may be cut"
+        )
+    return len(numbers)
 
 
 def _some(names: Mapping[str, Tensor] | list[str]) -> str:
