@@ -10,6 +10,7 @@ from extract.extraction import load_extraction, remove_extraction, write_extract
 from extract.jobs import FailedJob, Job
 from extract.plan import PlannedStore
 from extract.precision import Agreement
+from extract.retry import may_be_mended
 from extract.weights import WeightsSource
 from extract.worker import Extracted
 from storage.errors import InputError, QuarantineError
@@ -114,9 +115,11 @@ class Filling:
         bad, allowed = self.bad_images, self.most_bad
         if len(bad) > allowed:
             listed = "; ".join(f"{image.key}: {image.reason}" for image in bad[:5])
+            mended = sum(map(may_be_mended, bad))
+            again = f", and try {mended} of them again with --retry-failed (RETRY_FAILED=1)" if mended else ""
             raise InputError(
                 f"{len(bad)} of {len(self.images)} images of {self.images.location} are unusable, {allowed} are "
-                f"allowed ({listed}); mend or remove them, or raise extract.max_bad_fraction"
+                f"allowed ({listed}); mend or remove them{again}, or raise extract.max_bad_fraction"
             )
         return len(bad)
 

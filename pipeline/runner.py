@@ -141,7 +141,8 @@ def _execute(plan: Plan, items: Sequence[StagePlan], progress: Progress, *, retr
                 continue
             seconds = round(time.monotonic() - started, 2)
             write_json(folder / "result.json", _result(item, folder, outcome, seconds).to_json())
-            (folder / "state.json").unlink(missing_ok=True)
+            for name in ("state.json", "traceback.txt"):  # of a run that failed before
+                (folder / name).unlink(missing_ok=True)
             if item.is_again:
                 exchange(item.folder)
     if failures:

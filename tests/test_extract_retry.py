@@ -13,7 +13,7 @@ import storage.atomic
 from extract.config import ExecutionConfig, ExtractConfig
 from extract.run import run
 from storage.attempts import private_attempt, sweep_attempts
-from storage.errors import BadImageError, DiskError
+from storage.errors import BadImageError, DiskError, InputError
 from storage.image_list import ImageList
 from storage.quarantine import GivenUp, find_given_up, forget_given_up, record_given_up
 from storage.verify import iter_damage
@@ -29,6 +29,30 @@ Fork = Callable[[Callable[[], object]], int]
 
 
 # ---- once more -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("cannot be read: Input/output error", "mend or remove them, and try 2 of them again with --retry-failed"),
+        ("truncated or damaged", "mend or remove them, or raise extract.max_bad_fraction"),
+    ],
+)
+def test_too_many_unusable_images_are_told_with_what_may_help(
+    reason: str, said: str, make_index: MakeIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, _ = make_index()
+    read_image = ImageList.read_image
+
+    def read_badly(self: ImageList, position: int) -> Any:
+        if position in (4, 8):
+            raise BadImageError(reason)
+        return read_image(self, position)
+
+    monkeypatch.setattr(ImageList, "read_image", read_badly)
+    with pytest.raises(InputError) as caught:
+        run(CFG.model_copy(update={"max_bad_fraction": 0.1}), {"data": data}, tmp_path / "store")
+    assert said in str(caught.value)
 
 
 def test_images_that_could_not_be_read_are_tried_again_and_damaged_ones_are_not(

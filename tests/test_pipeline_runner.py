@@ -132,6 +132,7 @@ def test_a_failed_stage_is_run_again_and_the_others_are_not(
     assert "distill skip" in again.out
     assert stamps(work, "stores", "students") == before
     assert read_state(folder) is None
+    assert not (folder / "traceback.txt").exists()
 
 
 @pytest.mark.parametrize("command", ["extract", "distill", "evaluate"])
