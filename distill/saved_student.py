@@ -3,17 +3,14 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from distill.checkpoint import load_facts, load_weights, save_weights
 from distill.student import build_student
-from distill.student_config import AnyStudent, BeitStudent, StudentConfig
+from distill.student_config import BeitStudent, StudentConfig, read_student
 from storage.errors import DamagedError, InputError
-from storage.schema import first_problem
 
 FILE = "student.safetensors"
-_STUDENT: TypeAdapter[StudentConfig] = TypeAdapter(AnyStudent)
 
 
 class SavedStudent(NamedTuple):
@@ -88,13 +85,7 @@ def _shape(path: Path, facts: dict[str, str]) -> StudentConfig:
             f"{path} says nothing of a student's shape, so this program did not write it; `make import` reads the "
             "authors' checkpoints"
         )
-    try:
-        return _STUDENT.validate_json(facts["student"])
-    except ValidationError as error:
-        raise DamagedError(
-            f"{path} describes no student: {first_problem(error)}; it was damaged or made by another "
-            "version of this program"
-        ) from error
+    return read_student(path, facts["student"].encode())
 
 
 def save_student(folder: Path, cfg: StudentConfig, tensors: dict[str, Any], facts: dict[str, str]) -> Path:

@@ -14,8 +14,10 @@ Start = Literal["scratch", "distilled"]
 class FinetuneConfig(Schema):
     """Train the student with a classification head on the labels, from each start and with each seed."""
 
-    not_identity: ClassVar[frozenset[str]] = frozenset({"run"})
+    not_identity: ClassVar[frozenset[str]] = frozenset({"run", "student"})
 
+    student: str | None = None
+    """Take the student of this folder, which `make import` or a run elsewhere wrote, instead of distilling one."""
     starts: tuple[Start, ...] = Field(default=("scratch", "distilled"), min_length=1)
     """`scratch`: random weights; `distilled`: the student of the distillation stage. The same recipe for both."""
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)

@@ -40,7 +40,8 @@ def run(
     """Fine-tune and evaluate all members.
 
     Args:
-        inputs: `data`, the image index; `distill`, the folder of the distilled student (`scratch` takes its shape).
+        inputs: `data`, the image index; `distill`, the folder of the distilled student (`scratch` takes its shape),
+            unless `cfg.student` names one.
 
     Returns:
         The stage's metrics; `members` has one row for each start and seed.
@@ -57,12 +58,14 @@ def run(
     if not len(eval_images):
         raise InputError("no image is held out for evaluation; set data.eval_fraction above 0, or add a val folder")
     require_labels(eval_images, "the evaluation of fine-tuning")
-    weights = inputs["distill"] / "student.safetensors"
+    weights = (Path(cfg.student) if cfg.student else inputs["distill"]) / "student.safetensors"
     student = student_shape(weights)
     budget = cfg.run.image_cache_mb << 20
     make = functools.partial(LabelledImages, cfg=cfg, input_px=student.input_px)
     train_cache, eval_cache = ImageCache(train_images, budget * 4 // 5), ImageCache(eval_images, budget // 5)
 
+    if cfg.student:
+        progress.say(f"the student is that of {cfg.student}")
     members = []
     with hold_lock(out_dir), stop_on_signals() as stop:
         for start in cfg.starts:

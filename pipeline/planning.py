@@ -18,7 +18,7 @@ from pipeline.config import PipelineConfig, differences
 from pipeline.stages import STAGES, Stage, needs, upstream
 from pipeline.workspace import Workspace, find_damage, finish_exchange, read_result, what_became
 from storage.atomic import write_file
-from storage.errors import ConfigError
+from storage.errors import ConfigError, InputError
 from storage.fingerprint import digest_file, digest_json
 from storage.image_index import ImageIndex, build_index
 from storage.locations import open_files
@@ -159,6 +159,9 @@ def _plan_stage(
     inputs = {name: plans[name].fingerprint for name in needs(stage, config)}
     for name, store in stage.elsewhere(config).items():
         inputs[name] = load_manifest(open_files(store)).fingerprint
+    student = stage.student(config)
+    if student is not None:
+        inputs["student"] = _student_digest(Path(student))
     if isinstance(settings, DistillConfig):
         settings = _with_stores_of(settings, config, also)
         inputs |= {f"extract of {other.name}": also[other.name].fingerprint for other in config.also_learnt}
@@ -194,6 +197,21 @@ def _plan_stage(
     if folder.exists():
         return planned("resume", what_became(folder))
     return planned("run", _why_new(stage, workspace, settings.identity(), inputs))
+
+
+def _student_digest(folder: Path) -> str:
+    """Of the weights of a student that was made elsewhere.
+
+    Raises:
+        InputError: there are none.
+    """
+    weights = folder / "student.safetensors"
+    if not weights.is_file():
+        raise InputError(
+            f"finetune.student is {folder}, which has no {weights.name}; give a folder that `make import` or `make "
+            "distill` wrote, or null for the student of this work folder"
+        )
+    return digest_file(weights)
 
 
 def _with_stores_of(settings: DistillConfig, config: PipelineConfig, also: Mapping[str, StagePlan]) -> DistillConfig:

@@ -33,6 +33,8 @@ class Stage(NamedTuple):
     """Whether it depends on `needs` at all."""
     elsewhere: Callable[[PipelineConfig], Mapping[str, str]] = lambda config: {}
     """Stores that were made elsewhere and are used, too: what each is to the stage, and its path or URL."""
+    student: Callable[[PipelineConfig], str | None] = lambda config: None
+    """The folder of a student that was made elsewhere, where one is taken."""
     teacher: Callable[[PipelineConfig], ExtractConfig | None] = lambda config: None
     """The teacher that works inside the stage, where one does."""
     outputs: tuple[str, ...] = ()
@@ -61,6 +63,11 @@ def teacher_label(config: PipelineConfig) -> str:
 def _student_label(config: PipelineConfig) -> str:
     teachers = [config.extract.teacher, *(other.name for other in config.also_learnt)]
     return f"{'+'.join(map(_label, teachers))[:80]}-{plain_name(config.distill.student.label)}"
+
+
+def _finetune_label(config: PipelineConfig) -> str:
+    student = config.finetune.student
+    return teacher_label(config) if student is None else plain_name(Path(student).name)[:80]
 
 
 def _label(teacher: str) -> str:
@@ -95,7 +102,8 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="finetune", command="finetune", module="finetune.run", version=2, config=lambda c: c.finetune,
-            needs=("distill",), data="all", folder="finetune", label=teacher_label,
+            needs=("distill",), data="all", folder="finetune", label=_finetune_label,
+            has_needs=lambda c: c.finetune.student is None, student=lambda c: c.finetune.student,
         ),
         Stage(
             name="evaluate", command="evaluate", module="finetune.evaluate", version=2, config=lambda c: c.evaluate,

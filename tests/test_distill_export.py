@@ -221,7 +221,7 @@ SMALL: dict[str, Any] = {"input_px": 32, "patch_px": 8, "width": 32, "depth": 2,
         (lambda path: path.write_bytes(b""), DamagedError, "cannot be read"),
         (
             lambda path: path.write_bytes(path.read_bytes().replace(b'\\"kind\\"', b'\\"kinb\\"', 1)),
-            DamagedError, "describes no student: .*kinb",
+            DamagedError, "does not say which student it holds: .*kinb",
         ),
         (lambda path: save_file({"a": torch.zeros(1)}, path), InputError, "says nothing of a student's shape"),
         (

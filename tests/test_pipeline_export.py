@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 
+from storage.fingerprint import digest_file
 from tests.fixtures.runs import Outcome, folder_of
 
 Decant = Callable[..., Outcome]
@@ -122,14 +123,24 @@ def test_an_authors_checkpoint_becomes_a_student(
     assert decant("import", authors_file, "out").code == 2  # something else
 
 
-def test_fine_tuning_takes_an_imported_student(authors_file: Path, decant: Decant) -> None:
-    from finetune.classifier import build_classifier
-    from finetune.run import student_shape
-
+def test_fine_tuning_starts_from_an_imported_student(
+    authors_file: Path, decant: Decant, make_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    images = make_images()
     decant("import", authors_file, "imported")
-    weights = Path("imported/student.safetensors")
-    cfg = student_shape(weights)
-    assert build_classifier(cfg, num_classes=3, drop_path=0.0, weights=weights) is not None
+    finetune = ("finetune", "--preset", "smoke", "--data", images, "--set")
+    done = decant(*finetune, "finetune.student=imported")
+    assert done.code == 0, done.err
+    assert "the student is that of imported" in done.out
+    assert [path.name for path in (tmp_path / "runs").iterdir() if path.name == "students"] == []
+    [result] = (tmp_path / "runs/finetune").glob("imported-*/result.json")
+    found = json.loads(result.read_text())
+    assert found["inputs"].keys() == {"student", "data"}
+    assert found["inputs"]["student"] == digest_file(tmp_path / "imported/student.safetensors")
+    assert {member["start"] for member in found["metrics"]["members"]} == {"scratch", "distilled"}
+    missing = decant(*finetune, "finetune.student=nowhere")
+    assert missing.code == 2
+    assert "finetune.student is nowhere, which has no student.safetensors" in missing.err
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_every_setting_is_classified() -> None:
     extracts = {"weights", "whitening_from", "max_bad_fraction", "run"}
     assert left_out == {
         "extract": extracts, "extract_eval": extracts,
-        "distill": {"run", "store"}, "finetune": {"run"}, "evaluate": {"run"}, "report": set(),
+        "distill": {"run", "store"}, "finetune": {"run", "student"}, "evaluate": {"run"}, "report": set(),
     }  # fmt: skip
 
 
