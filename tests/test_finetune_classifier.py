@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from distill.checkpoint import load_weights, save_weights
@@ -15,7 +17,8 @@ from distill.student_config import BeitStudent, StudentConfig, find_student
 from finetune.classifier import build_classifier, classifier_state, count_correct, layer_lr_scale
 from finetune.config import FinetuneConfig
 from finetune.run import student_shape
-from storage.errors import DamagedError
+from storage.errors import ConfigError, DamagedError
+from tests.fixtures.students import NETWORKS, SWINV2, VIT
 
 TOY = BeitStudent.model_validate(find_student("toy").to_json())
 TABLE = "rel_pos_bias.relative_position_bias_table"
@@ -57,10 +60,12 @@ def test_shared_table_goes_into_every_block_and_the_final_norm_nowhere(save_stud
     assert untouched <= set(state)
 
 
-def test_logits_equal_an_independent_forward(save_student: SaveStudent) -> None:
+@pytest.mark.parametrize("positions", ["shared", "per_block", "absolute"])
+def test_logits_equal_an_independent_forward(save_student: SaveStudent, positions: str) -> None:
     """Student tokens before its final norm -> mean of the patches -> the new norm -> the head."""
-    path = save_student()
-    model = classifier_of(path)
+    cfg = TOY.model_copy(update={"positions": positions})
+    path = save_student(cfg)
+    model = classifier_of(path, cfg)
     generator = torch.Generator().manual_seed(2)
     fresh = {
         name: torch.randn(parameter.shape, generator=generator)
@@ -72,17 +77,38 @@ def test_logits_equal_an_independent_forward(save_student: SaveStudent) -> None:
     images_BCHW = torch.randn(3, 3, TOY.input_px, TOY.input_px, generator=generator)
     with torch.inference_mode():
         torch.testing.assert_close(
-            model(images_BCHW), plain_logits(load_weights(path), fresh, images_BCHW), rtol=1e-4, atol=1e-5
+            model(images_BCHW), plain_logits(cfg, load_weights(path), fresh, images_BCHW), rtol=1e-4, atol=1e-5
         )
 
 
-def plain_logits(student: dict[str, Tensor], fresh: dict[str, Tensor], images_BCHW: Tensor) -> Tensor:
-    body = build_student(TOY, drop_path=0.0).eval()
+def plain_logits(cfg: BeitStudent, student: dict[str, Tensor], fresh: dict[str, Tensor], images_BCHW: Tensor) -> Tensor:
+    body = build_student(cfg, drop_path=0.0).eval()
     body.load_state_dict(student)
     body.norm = torch.nn.Identity()
     patches_BTC = body.forward_features(images_BCHW)[:, 1:]
     pooled_BC = F.layer_norm(patches_BTC.mean(1), (TOY.width,), fresh["fc_norm.weight"], fresh["fc_norm.bias"], 1e-6)
     return F.linear(pooled_BC, fresh["head.weight"], fresh["head.bias"])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_other_networks_keep_all_but_what_timm_pools_with(save_student: SaveStudent, name: str) -> None:
+    """Its map is the student's, to the bit, but for a norm that timm has behind the pooling instead of in front."""
+    cfg, *_ = NETWORKS[name]
+    path = save_student(cfg)
+    model: Any = classifier_of(path, cfg)
+    student = build_student(cfg, drop_path=0.0).eval()
+    student.load_state_dict(load_weights(path))
+    images_BCHW = torch.randn(2, 3, cfg.input_px, cfg.input_px, generator=torch.Generator().manual_seed(2))
+    if "norm.weight" in student.state_dict() and "norm.weight" not in model.state_dict():
+        student.norm = nn.Identity()
+    with torch.inference_mode():
+        assert torch.equal(model.forward_features(images_BCHW), student.forward_features(images_BCHW))
+        assert model(images_BCHW).shape == (2, 5)
+    assert {value.requires_grad for value in model.parameters()} == {True}
+    weights = load_weights(path)
+    save_weights(path, {name: weights[name] for name in sorted(weights)[1:]}, {"student": cfg.model_dump_json()})
+    with pytest.raises(DamagedError, match="1 tensors differ"):
+        classifier_of(path, cfg)
 
 
 def test_scratch_takes_nothing_from_a_student() -> None:
@@ -92,6 +118,8 @@ def test_scratch_takes_nothing_from_a_student() -> None:
     second = classifier_of(None).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert first["head.weight"].shape == (5, TOY.width)
+    assert float(first["head.weight"].std()) == pytest.approx(0.02 * 0.001, rel=0.2)
+    assert float(first["blocks.0.attn.qkv.weight"].abs().max()) > 0.05, "fine-tuning's weights are not cut off"
 
 
 @pytest.mark.parametrize(
@@ -125,6 +153,39 @@ def test_every_parameter_of_a_classifier_gets_the_share_of_its_layer() -> None:
         assert shares[id(parameter)] == pytest.approx(decay**below), name
 
 
+def test_layers_of_a_vit_are_timms() -> None:
+    model = classifier_of(None, VIT)
+    shares = {id(value): group["lr_scale"] for group in param_groups_layer_decay(model, layer_decay=0.7)
+              for value in group["params"]}  # fmt: skip
+    scale = layer_lr_scale(model, 0.7)
+    for name, parameter in model.named_parameters():
+        assert scale(name) == pytest.approx(shares[id(parameter)]), name
+
+
+@pytest.mark.parametrize(
+    ("name", "below"),
+    [
+        ("head.fc.weight", 0), ("norm.weight", 0), ("layers.2.blocks.1.attn.proj.bias", 1),
+        ("layers.2.blocks.0.norm1.bias", 2), ("layers.2.downsample.norm.weight", 3), ("layers.1.blocks.1.attn.logit_scale", 3),
+        ("layers.1.blocks.0.mlp.fc1.bias", 4), ("layers.1.downsample.reduction.weight", 5),
+        ("layers.0.blocks.1.attn.cpb_mlp.0.weight", 5), ("layers.0.blocks.0.attn.q_bias", 6),
+        ("patch_embed.proj.weight", 7), ("patch_embed.norm.weight", 7),
+    ],
+)  # fmt: skip
+def test_layers_of_a_swinv2_are_the_authors(name: str, below: int) -> None:
+    """Three stages of two blocks: the merging of patches belongs to the block before it, the last norm to the head."""
+    model = classifier_of(None, SWINV2)
+    assert name in dict(model.named_parameters())
+    assert layer_lr_scale(model, 0.8)(name) == pytest.approx(0.8**below)
+
+
+def test_a_network_without_layers_is_not_decayed_layer_by_layer() -> None:
+    model = nn.Linear(2, 2)
+    assert layer_lr_scale(model, 1.0)("weight") == 1
+    with pytest.raises(ConfigError, match=r"which layers Linear has; set finetune.layer_decay=1"):
+        layer_lr_scale(model, 0.9)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [({"width": 64}, "expected (64"), ({"depth": 3}, "blocks.2."), ({"depth": 1}, "expected none"),
@@ -141,8 +202,8 @@ def test_weights_of_another_shape_are_refused(save_student: SaveStudent, changes
 
 
 def test_shape_is_read_from_the_header(save_student: SaveStudent) -> None:
-    cfg = BeitStudent(input_px=32, patch_px=16, width=48, depth=1, heads=3, layer_scale=0.0)
-    assert student_shape(save_student(cfg)) == cfg
+    for cfg in (BeitStudent(input_px=32, patch_px=16, width=48, depth=1, heads=3, layer_scale=0.0), SWINV2, VIT):
+        assert student_shape(save_student(cfg)) == cfg
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "text", "cut", "no header"])

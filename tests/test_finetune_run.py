@@ -15,7 +15,7 @@ from PIL import Image
 from distill.checkpoint import load_weights, save_weights
 from distill.config import OptimConfig, TrainRunConfig
 from distill.student import build_student, normalise_images
-from distill.student_config import find_student
+from distill.student_config import TimmStudent, find_student
 from finetune import run as stage
 from finetune.classifier import build_classifier, count_correct
 from finetune.config import FinetuneConfig
@@ -23,6 +23,7 @@ from storage.atomic import read_json
 from storage.errors import DamagedError
 from storage.image_index import load_index
 from storage.stage import Interrupted, SilentProgress
+from tests.fixtures.students import SWINV2, VIT
 
 TOY = find_student("toy")
 CFG = FinetuneConfig(
@@ -96,6 +97,16 @@ def test_every_start_with_every_seed_is_a_member(inputs: Inputs, tmp_path: Path)
         assert [point["step"] for point in member["history"]] == list(range(1, 9))
         assert (member["num_eval"], member["num_bad"]) == (4, 0)
     assert not list((tmp_path / "out").rglob("step-*")), "finished members keep no checkpoint"
+
+
+@pytest.mark.parametrize("student", [VIT, SWINV2])
+def test_students_of_other_networks(inputs: Inputs, tmp_path: Path, student: TimmStudent) -> None:
+    state = build_student(student, drop_path=0.0).state_dict()
+    facts = {"student": student.model_dump_json()}
+    save_weights(inputs["distill"] / "student.safetensors", state, facts)
+    metrics = stage.run(CFG.model_copy(update={"epochs": 1}), inputs, tmp_path / "out")
+    assert [member["num_eval"] for member in metrics["members"]] == [4, 4]
+    assert len(set(weights(tmp_path / "out").values())) == 2
 
 
 def test_accuracy_is_that_of_the_saved_weights(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
