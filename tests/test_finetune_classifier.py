@@ -166,7 +166,8 @@ def test_layers_of_a_vit_are_timms() -> None:
     ("name", "below"),
     [
         ("head.fc.weight", 0), ("norm.weight", 0), ("layers.2.blocks.1.attn.proj.bias", 1),
-        ("layers.2.blocks.0.norm1.bias", 2), ("layers.2.downsample.norm.weight", 3), ("layers.1.blocks.1.attn.logit_scale", 3),
+        ("layers.2.blocks.0.norm1.bias", 2), ("layers.2.downsample.norm.weight", 3),
+        ("layers.1.blocks.1.attn.logit_scale", 3),
         ("layers.1.blocks.0.mlp.fc1.bias", 4), ("layers.1.downsample.reduction.weight", 5),
         ("layers.0.blocks.1.attn.cpb_mlp.0.weight", 5), ("layers.0.blocks.0.attn.q_bias", 6),
         ("patch_embed.proj.weight", 7), ("patch_embed.norm.weight", 7),
