@@ -53,10 +53,10 @@ def join_store(
         if not _is_abandoned(root):
             did = help_others([root], run, progress, teachers=[teacher])
             continue
-        with contextlib.suppress(StoreBusyError), hold_lock(root), stop_on_signals() as stop:
+        with contextlib.suppress(StoreBusyError), hold_lock(root):
             if _is_finished(root):  # a moment ago
                 return did
-            return _go_on(root, run, teacher, progress, stop)
+            return _go_on(root, run, teacher, progress)
     return did
 
 
@@ -102,14 +102,14 @@ def _help(
         raise
 
 
-def _go_on(
-    root: Path, run: ExecutionConfig, teacher: str | None, progress: Progress, stop: StopRequest
-) -> dict[str, Any]:
+def _go_on(root: Path, run: ExecutionConfig, teacher: str | None, progress: Progress) -> dict[str, Any]:
     """In the place of a holder that is gone."""
     _check_code(root, teacher)
     filling = Filling.begun(root, run)
     sweep(root, filling.plan)
-    watch = fill_with_others([filling], progress, stop)
+    with stop_on_signals() as stop:
+        watch = fill_with_others([filling], progress, stop)
+        stop.check()
     filling.check_whole()
     audit_filling(filling, progress)
     filling.finish(time.monotonic() - watch.began, [])

@@ -95,10 +95,11 @@ def run_together(
             if retry_failed:
                 forget_failures(target.root, store.plan, progress)
         started = time.monotonic()
-        stop = held.enter_context(stop_on_signals())
-        fillings = [Filling.begin(*target, store, images) for target, store in zip(targets, planned, strict=True)]
-        watch = fill_with_others(fillings, progress, stop)
-        seconds = time.monotonic() - started
+        with stop_on_signals() as stop:
+            fillings = [Filling.begin(*target, store, images) for target, store in zip(targets, planned, strict=True)]
+            watch = fill_with_others(fillings, progress, stop)
+            stop.check()  # nobody has, since the last shard
+        seconds = time.monotonic() - started  # and from now on a signal ends this at once again
         return [_finish(filling, fillings, seconds, watch.summary(), progress) for filling in fillings]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import extract.worker
+from extract import final_audit
 from extract.config import ExecutionConfig, ExtractConfig
 from extract.driver import drive
 from extract.jobs import Job
@@ -19,7 +20,7 @@ from storage.errors import QuarantineError
 from storage.folder import load_plan
 from storage.receipts import committed_shards
 from storage.records import ShardEntry
-from storage.stage import Interrupted, SilentProgress, StopRequest
+from storage.stage import Interrupted, SilentProgress, StopRequest, Terminated, raise_on_sigterm
 from storage.verify import iter_damage
 
 CFG = ExtractConfig(
@@ -76,10 +77,11 @@ def crash() -> None:
     [
         (1, lambda: signal.raise_signal(signal.SIGTERM), Interrupted),
         (5, lambda: signal.raise_signal(signal.SIGTERM), Interrupted),
+        (6, lambda: signal.raise_signal(signal.SIGTERM), Interrupted),
         (3, lambda: signal.raise_signal(signal.SIGINT), Interrupted),
         (2, crash, ZeroDivisionError),
     ],
-    ids=["SIGTERM", "SIGTERM at the end", "SIGINT", "bug"],
+    ids=["SIGTERM", "SIGTERM near the end", "SIGTERM at the end", "SIGINT", "bug"],
 )
 def test_an_interrupted_store_goes_on_where_it_stopped(
     count: int, act: Callable[[], object], expected: type[Exception],
@@ -94,6 +96,28 @@ def test_an_interrupted_store_goes_on_where_it_stopped(
     worked.clear()
     run(CFG, {"data": data}, tmp_path / "store")
     assert worked == list(range(count, 6))
+    assert tree_bytes(tmp_path / "store") == files
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_a_signal_during_the_audit_at_the_end_is_heard_at_once(
+    number: signal.Signals, expected: type[BaseException], undisturbed: tuple[Path, dict[str, bytes]],
+    worked: list[int], tree_bytes: TreeBytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """It may take minutes to load a teacher for that."""
+    data, files = undisturbed
+
+    def audit(*arguments: object, **options: object) -> None:
+        signal.raise_signal(number)
+        raise AssertionError("not heard")
+
+    with monkeypatch.context() as patch, raise_on_sigterm(), pytest.raises(expected):
+        patch.setattr(final_audit, "audit_as_made", audit)
+        run(CFG, {"data": data}, tmp_path / "store")
+    assert not (tmp_path / "store" / "manifest.json").exists()
+    worked.clear()
+    run(CFG, {"data": data}, tmp_path / "store")
+    assert worked == []
     assert tree_bytes(tmp_path / "store") == files
 
 
