@@ -103,6 +103,12 @@ def test_store_commands_take_their_words(make: Make) -> None:
     assert words(make("-n", "upload", *given)) == ["upload", "it's", "s3://b/x"]
 
 
+def test_student_commands_take_their_words(make: Make) -> None:
+    given = ["FROM=it's", "TO=a b", "FORMAT=both", "TEACHER=clip-b", "FORCE=1"]
+    assert words(make("-n", "export", *given)) == ["export", "it's", "a b", "--format", "both", "--force"]
+    assert words(make("-n", "import", *given)) == ["import", "it's", "a b", "--teacher", "clip-b", "--force"]
+
+
 def test_help_lists_every_target(make: Make) -> None:
     printed = make()
     assert printed == make("help")
