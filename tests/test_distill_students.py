@@ -44,7 +44,7 @@ def test_weights_are_timms_own_and_all_that_learn_are_trained(name: str) -> None
         assert (parameter.grad is not None) == parameter.requires_grad, parameter_name
     frozen = {key for key, value in model.student.named_parameters() if not value.requires_grad}
     assert frozen <= {"head.norm.weight", "head.norm.bias"}
-    assert model.training
+    assert all(module.training for module in model.modules())
     own = timm.create_model(
         cfg.model, num_classes=0, **cfg.arguments, **({} if "conv" in cfg.model else {"img_size": 64})
     )
