@@ -47,6 +47,7 @@ pools.py       workers by the name of their executor:
   ray_pool.py            on Ray
   ray_session.py         a local Ray, or a seat on a cluster; these two alone import ray
   turns.py               the order in which a worker process begins its jobs
+  held_back.py           keeps SIGTERM from processes that are to outlive it
 watch.py       what is said of an extraction: progress line, events, summary
 summary.py     what is said at its end
 events.py      what happens to a store while it is filled, as a file beside it

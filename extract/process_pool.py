@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from extract.config import ExecutionConfig, sharers_of_a_gpu
 from extract.driver import JOBS_IN_FLIGHT
+from extract.held_back import sigterm_held_back
 from extract.jobs import Died, Done, Event, Job, MakeWork, Raised, Ready, reason_of
 from extract.turns import Turns
 from storage.errors import ConfigError
@@ -132,17 +133,10 @@ class ProcessPool:
 
 
 def _ensure_server() -> None:
-    """Have the server process run, deaf to SIGTERM: one to the whole process group, as batch systems send it, must
-    leave it alive, or workers that are to end in peace would seem to be gone with it.
-
-    Blocked here for a moment, the signal stays blocked in what is started; none that is sent to us meanwhile is lost.
-    """
+    """Have the server process run; it, and what it forks, hears no SIGTERM."""
     resource_tracker.ensure_running()  # otherwise started below, where it would let the signal through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    try:
+    with sigterm_held_back():
         forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _event(number: int, found: _Process, answer: _Answer) -> Event:

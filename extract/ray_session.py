@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from extract.config import ExecutionConfig
+from extract.held_back import sigterm_held_back
 from extract.jobs import reason_of
 from storage.errors import ConfigError, DecantError, DiskError
 from storage.stage import Terminated
@@ -41,24 +42,32 @@ def ray_session(cfg: ExecutionConfig) -> Iterator[None]:
         raise DiskError(f"Ray keeps its access token in the home folder, and {Path.home()} does not exist; set HOME")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(
-            address=address, log_to_driver=False, logging_level="ERROR",
-            **(_on_a_cluster() if cfg.ray_address else _on_this_machine(cfg)),
-        )  # fmt: skip
-    except SystemExit as error:  # by Ray's own handler, which is there until `ray.init` is over
-        raise Terminated from error
-    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        where = f"the cluster at {cfg.ray_address}" if cfg.ray_address else "a local Ray"
-        raise DecantError(f"cannot use {where}: {reason_of(error)}; --executor process needs no Ray") from error
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, sigterm)
-    try:
+        if cfg.ray_address:
+            _init(address, _on_a_cluster())
+        else:
+            with sigterm_held_back():
+                _init(address, _on_this_machine(cfg))
         yield
     finally:
         ray.shutdown()
+
+
+def _init(address: str, options: dict[str, Any]) -> None:
+    """Begin with Ray, and leave the handler of SIGTERM as it is."""
+    import ray
+
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
+    except SystemExit as error:  # by Ray's own handler, which is there until `ray.init` is over
+        raise Terminated from error
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        where = "a local Ray" if address == "local" else f"the cluster at {address}"
+        raise DecantError(f"cannot use {where}: {reason_of(error)}; --executor process needs no Ray") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _find_cluster(wanted: str) -> str:

@@ -1,9 +1,13 @@
 """Ray that is begun: a cluster that is not there is told at once, and signals meanwhile are ours. And lost."""
 
+import os
 import signal
 import socket
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
@@ -76,7 +80,10 @@ def test_an_address_of_the_ray_client_is_refused(monkeypatch: pytest.MonkeyPatch
     assert "ray://host:10001 is an address of the Ray Client" in refused("auto")
 
 
-def test_sigterm_while_ray_begins_ends_the_command_as_at_any_other_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("address", [None, "host:6379"])
+def test_sigterm_while_ray_begins_ends_the_command_as_at_any_other_time(
+    address: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ray has a handler of its own by then, which exits."""
 
     def init(**arguments: object) -> None:
@@ -84,11 +91,49 @@ def test_sigterm_while_ray_begins_ends_the_command_as_at_any_other_time(monkeypa
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr("extract.ray_session._find_cluster", str)
     with raise_on_sigterm():
         ours = signal.getsignal(signal.SIGTERM)
-        with pytest.raises(Terminated), ray_session(ExecutionConfig(executor="ray")):
+        with pytest.raises(Terminated), ray_session(ExecutionConfig(executor="ray", ray_address=address)):
             pass
         assert signal.getsignal(signal.SIGTERM) is ours
+
+
+STOPPED = """
+import sys, time
+from pathlib import Path
+import ray
+from tests.fixtures import jobs
+from extract.config import ExecutionConfig
+from storage.stage import Interrupted, stop_on_signals
+
+def sleep(job, attempt, folder):
+    (folder / f"begun-{job}").touch()
+    time.sleep(3)
+
+for module in (jobs, sys.modules["__main__"]):
+    ray.cloudpickle.register_pickle_by_value(module)
+with stop_on_signals() as stop:
+    try:
+        jobs.carry_out(Path(sys.argv[1]), sleep, 4, ExecutionConfig(executor="ray", workers=1, device="cpu"), stop=stop)
+    except Interrupted:
+        sys.exit(77)
+"""
+
+
+@pytest.mark.ray
+def test_sigterm_to_the_whole_group_leaves_a_local_ray_alive_until_what_is_under_way_has_ended(tmp_path: Path) -> None:
+    """As batch systems send it."""
+    with subprocess.Popen(
+        [sys.executable, "-c", STOPPED, str(tmp_path)], cwd=Path(__file__).resolve().parent.parent,
+        start_new_session=True,
+    ) as driver:  # fmt: skip
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("begun-*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(driver.pid, signal.SIGTERM)
+        assert driver.wait(60) == 77
+    assert [path.name for path in tmp_path.glob("done-*")] == ["done-0"]
 
 
 def no_worker() -> None:
