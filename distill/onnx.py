@@ -64,7 +64,7 @@ def write_onnx(student: nn.Module, input_px: int, folder: Path, facts: Mapping[s
         InputError: torch cannot express this network as a graph.
     """
     num_bytes = sum(tensor.nbytes for tensor in student.state_dict().values())
-    images_BCHW = torch.zeros(2, 3, input_px, input_px)  # a batch of one would be taken for a constant
+    images_BCHW = torch.zeros(2, 3, input_px, input_px)  # some versions of torch take a batch of one for a constant
     try:
         with torch.no_grad(), _single_operations(student), _quiet():
             program: Any = torch.onnx.export(
