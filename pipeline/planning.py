@@ -17,7 +17,7 @@ from extract.weights import weights_identity
 from pipeline.config import PipelineConfig, differences
 from pipeline.stages import STAGES, Stage, needs, upstream
 from pipeline.workspace import Workspace, find_damage, finish_exchange, read_result, what_became
-from storage.atomic import write_file
+from storage.atomic import read_regular, write_file
 from storage.errors import ConfigError, InputError
 from storage.fingerprint import digest_file, digest_json
 from storage.image_index import ImageIndex, build_index
@@ -85,7 +85,7 @@ def make_plan(
     index = _list_images(config, workspace, progress)
     data_path = workspace.data_path(index.location, index.fingerprint)
     listing = index.to_file()
-    if not data_path.exists() or data_path.read_bytes() != listing:  # the images may lie elsewhere now
+    if not data_path.exists() or read_regular(data_path) != listing:  # the images may lie elsewhere now
         write_file(data_path, listing)
     wanted, forced = upstream(names, config), set(again)
     also = {
