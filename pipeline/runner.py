@@ -13,7 +13,7 @@ from pipeline import provenance
 from pipeline.planning import Plan, StagePlan
 from pipeline.stages import needs
 from pipeline.workspace import again_folder, digest_outputs, exchange, read_result, sweep_private, write_state
-from storage.atomic import write_json
+from storage.atomic import remove_file, write_json
 from storage.errors import ConfigError, DecantError, StoreBusyError
 from storage.image_index import ImageIndex, require_labels
 from storage.lock import hold_lock
@@ -128,7 +128,7 @@ def _execute(plan: Plan, items: Sequence[StagePlan], progress: Progress, *, retr
         for folder in folders:
             sweep_private(folder)
             write_state(folder, "running")
-            (folder / "result.json").unlink(missing_ok=True)
+            remove_file(folder / "result.json")
     failures = []
     with contextlib.ExitStack() as states:
         for folder in folders:
@@ -142,7 +142,7 @@ def _execute(plan: Plan, items: Sequence[StagePlan], progress: Progress, *, retr
             seconds = round(time.monotonic() - started, 2)
             write_json(folder / "result.json", _result(item, folder, outcome, seconds).to_json())
             for name in ("state.json", "traceback.txt"):  # of a run that failed before
-                (folder / name).unlink(missing_ok=True)
+                remove_file(folder / name)
             if item.is_again:
                 exchange(item.folder)
     if failures:

@@ -196,6 +196,16 @@ def read_json(path: Path) -> Any:
         raise DamagedError(f"{path} is not readable as JSON ({error}); delete it and give the command again") from error
 
 
+def remove_file(path: Path) -> None:
+    """Remove a file that nobody needs any more; missing is fine.
+
+    Raises:
+        DiskError: it cannot be removed, or a folder is in its place.
+    """
+    with disk_errors(path):
+        path.unlink(missing_ok=True)
+
+
 def remove_tree(folder: Path) -> None:
     """Remove a folder whose content nobody needs any more; missing is fine."""
     shutil.rmtree(folder, ignore_errors=True)

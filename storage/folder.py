@@ -14,7 +14,7 @@ manifest.json      last
 import shutil
 from pathlib import Path
 
-from storage.atomic import disk_errors, make_folder, read_regular, write_file
+from storage.atomic import make_folder, read_regular, remove_file, write_file
 from storage.attempts import sweep_attempts
 from storage.claims import remove_claims
 from storage.encodings import Encoding
@@ -126,10 +126,9 @@ def sweep(root: Path, plan: StorePlan) -> None:
     receipts = {path.name for path in (root / "receipts").glob("*.json")}  # before they are read: new ones are whole
     committed = committed_shards(root, plan)
     for name in receipts - {receipt_path(root, index).name for index in committed}:
-        with disk_errors(root / "receipts" / name):
-            (root / "receipts" / name).unlink(missing_ok=True)
+        remove_file(root / "receipts" / name)
     if len(committed) < plan.num_shards:
-        (root / "manifest.json").unlink(missing_ok=True)
+        remove_file(root / "manifest.json")
     for pattern in (".*.partial", "*/.*.partial"):
         for private in root.glob(pattern):
             private.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from storage.atomic import disk_errors
+from storage.atomic import remove_file
 from storage.errors import DamagedError, DiskError, InputError
 from storage.files import Files
 from storage.fingerprint import digest_bytes
@@ -224,6 +224,5 @@ def _compare(files: Files, shard: int, file: FileEntry, owners: dict[str, int]) 
 def discard_shard(root: Path, index: int) -> None:
     """Forget a damaged shard, so that the next extraction writes it again; for `STORE`, only the manifest."""
     if index != STORE:
-        with disk_errors(receipt_path(root, index)):
-            receipt_path(root, index).unlink(missing_ok=True)
-    (root / "manifest.json").unlink(missing_ok=True)
+        remove_file(receipt_path(root, index))
+    remove_file(root / "manifest.json")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from storage.atomic import create_file, disk_errors, make_folder, publish, read_regular, write_private
+from storage.atomic import create_file, make_folder, publish, read_regular, remove_file, write_private
 from storage.attempts import private_attempt
 from storage.encodings import Fields
 from storage.errors import DamagedError
@@ -102,8 +102,7 @@ class ShardWriter:
             is_there = receipt.exists()
             earlier = read_receipt(self.root, self.plan, self.index)
             if earlier is None and is_there:
-                with disk_errors(receipt):
-                    receipt.unlink(missing_ok=True)  # a damaged one
+                remove_file(receipt)  # a damaged one
             elif earlier is not None and earlier != entry:
                 raise self._not_the_same()
             for name in contents:

@@ -13,7 +13,7 @@ from extract.events import EventLog, read_tail
 from extract.extraction import load_extraction
 from extract.run import run
 from pipeline.workspace import read_result, read_state
-from storage.atomic import open_regular, read_json, read_regular, write_file
+from storage.atomic import open_regular, read_json, read_regular, remove_file, write_file
 from storage.claims import ShardClaims
 from storage.errors import DamagedError, DecantError, DiskError, InputError
 from storage.lock import hold_lock
@@ -64,8 +64,11 @@ def test_a_small_file_is_a_file(put: Put, tmp_path: Path) -> None:
             read_regular(tmp_path / "file")
 
 
-def test_what_cannot_be_replaced_is_told(tmp_path: Path) -> None:
+def test_what_cannot_be_replaced_or_removed_is_told(tmp_path: Path) -> None:
     put_folder(tmp_path / "x")
+    with pytest.raises(DiskError, match=r"cannot write .*x: Is a directory; move away what is there"):
+        remove_file(tmp_path / "x")
+    remove_file(tmp_path / "nothing")
     with pytest.raises(DiskError, match=r"cannot write .*x: Is a directory; move away what is there"):
         write_file(tmp_path / "x", b"")
 
