@@ -31,18 +31,19 @@ def build_classifier(cfg: StudentConfig, *, num_classes: int, drop_path: float, 
         ConfigError: timm does not build this network.
         DamagedError: the weights are not those of this student.
     """
+    if weights is None:
+        return _from_scratch(cfg, num_classes, drop_path)
+    student = load_weights(weights)
+    with torch.device("meta"):
+        expected = build_student(cfg, drop_path=drop_path).state_dict()
+    wrong = _misfits(student, expected)
+    if wrong:
+        raise DamagedError(
+            f"{weights} is not a student of this shape: {len(wrong)} tensors differ, such as {wrong[0]}; "
+            "run `make distill FORCE=1`"
+        )
     model = _from_scratch(cfg, num_classes, drop_path)
-    if weights is not None:
-        student = load_weights(weights)
-        with torch.device("meta"):
-            expected = build_student(cfg, drop_path=drop_path).state_dict()
-        wrong = _misfits(student, expected)
-        if wrong:
-            raise DamagedError(
-                f"{weights} is not a student of this shape: {len(wrong)} tensors differ, such as {wrong[0]}; "
-                "run `make distill FORCE=1`"
-            )
-        model.load_state_dict(classifier_state(student, model.state_dict()), strict=False)
+    model.load_state_dict(classifier_state(student, model.state_dict()), strict=False)
     return model
 
 
