@@ -56,7 +56,12 @@ class DistillRunConfig(TrainRunConfig):
     checkpoint_activations: bool = False
     """Compute the blocks' activations again in the backward pass instead of keeping them."""
     trackers: tuple[Tracker, ...] = ("tensorboard",)
-    """Where curves are shown, beside metrics.jsonl: those that are installed."""
+    """Where curves are shown, beside metrics.jsonl."""
+
+    @property
+    def processes(self) -> int:
+        """In all."""
+        return self.gpus * (self.nodes if self.launcher == "torchrun" else 1)
 
 
 class OptimConfig(Schema):

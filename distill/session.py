@@ -2,13 +2,12 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from distill.checkpoint import save_weights
-from distill.config import DistillConfig
 from distill.device import autocast, choose_device, choose_precision, repeatable
 from distill.ema import Ema
 from distill.job import Job
@@ -38,19 +37,36 @@ def distill(job: Job, progress: Progress, stop: StopRequest) -> dict[str, Any]:
         ConfigError: the student does not fit the store.
     """
     cfg = job.cfg
-    processes = cfg.run.gpus * cfg.run.nodes
     torch.set_num_threads(cfg.run.threads or max(1, (os.cpu_count() or 1) // cfg.run.gpus))
     device = choose_device(cfg.run.device)
     with join_team(device) as team, repeatable(device, wanted=cfg.run.deterministic):
-        if team.size != processes:
+        if team.size != cfg.run.processes:
             raise ConfigError(
-                f"{processes} processes were asked for (distill.run.gpus x nodes), {team.size} were started; give "
+                f"{cfg.run.processes} processes were asked for (distill.run.gpus, nodes), {team.size} were started; give "
                 "GPUS=... and let this program start them"
             )
-        return _distill(job, team, device, progress, stop)
+        session = prepare(job, team, device, progress)
+        log = train(session.training, progress, stop)
+        _save(session, job)
+        return _metrics(session, log)
 
 
-def _distill(job: Job, team: Team, device: torch.device, progress: Progress, stop: StopRequest) -> dict[str, Any]:
+class Session(NamedTuple):
+    """A training that is about to begin."""
+
+    training: Training
+    model: DistillModel
+    stream: DistillStream
+    facts: dict[str, str]
+    """What the files of weights say about themselves."""
+
+
+def prepare(job: Job, team: Team, device: torch.device, progress: Progress) -> Session:
+    """Open the stores, build the model, and say what a step is.
+
+    Raises:
+        ConfigError: the student does not fit the store.
+    """
     # ---- data --------------------------------------------------------------------------------------------------------
     cfg = job.cfg
     index = load_index(job.inputs["data"])
@@ -139,38 +155,40 @@ def _distill(job: Job, team: Team, device: torch.device, progress: Progress, sto
             cfg.run.trackers, job.out_dir, run=f"{job.out_dir.name}", settings=cfg.to_json(), start=start
         ),
     )  # fmt: skip
-    log = train(training, progress, stop)
-
-    # ---- results -----------------------------------------------------------------------------------------------------
     facts = {
         "student": cfg.student.model_dump_json(),
         "store": fingerprints[0],
+        "teacher": ", ".join(features.teacher for features in teachers),
         "whitening": first.plan.whitening.model_dump_json(),
     }
-    if ema is not None:
-        ema.apply()
+    return Session(training, model, stream, facts)
+
+
+def _save(session: Session, job: Job) -> None:
+    """Write the weights; then the checkpoints are of no more use."""
+    training, model = session.training, session.model
+    if training.state.ema is not None:
+        training.state.ema.apply()
     for name, module in (("student", model.student), ("projector", model.projectors)):
         state = {key: whole(value) for key, value in module.state_dict().items()}
-        if team.is_first:
-            save_weights(job.out_dir / f"{name}.safetensors", state, facts)
-    if team.is_first:
+        if training.team.is_first:
+            save_weights(job.out_dir / f"{name}.safetensors", state, session.facts)
+    if training.team.is_first:
         finish(training)
-    return _metrics(cfg, team, stream, log, sum(value.numel() for value in model.student.parameters()))
 
 
-def _metrics(
-    cfg: DistillConfig, team: Team, stream: DistillStream, log: TrainingLog, parameters: int
-) -> dict[str, Any]:
+def _metrics(session: Session, log: TrainingLog) -> dict[str, Any]:
+    training = session.training
     return {
-        "steps": stream.num_steps,
-        "images": len(stream.order),
+        "steps": training.num_steps,
+        "images": len(session.stream.order),
         "first_loss": log.history[0]["loss"],
         "final_loss": log.history[-1]["loss"],
         "train_seconds": round(log.seconds, 2),
-        "images_per_second": round(stream.num_steps * cfg.batch_size / log.seconds, 1),
+        "images_per_second": round(training.num_steps * training.images_per_step / log.seconds, 1),
         "wait_fraction": round(log.wait_seconds / log.seconds, 4),
         "resumed_at": log.resumed_at,
-        "parameters": parameters,
-        "processes": team.size,
+        "parameters": sum(value.numel() for value in session.model.student.parameters()),
+        "processes": training.team.size,
         "history": log.history,
     }
