@@ -88,11 +88,21 @@ def _read_outcome(folder: Path, status: int | None, stop: StopRequest) -> dict[s
 @contextmanager
 def _start(run: DistillRunConfig, folder: Path, progress: Progress) -> Iterator[Processes]:
     if run.launcher == "ray":
-        with importlib.import_module("distill.launch_ray").start(run, folder) as processes:
+        with _ray_launcher().start(run, folder) as processes:
             yield processes
         return
     with _torchrun(run, folder, progress) as process:
         yield process
+
+
+def _ray_launcher() -> Any:
+    try:
+        return importlib.import_module("distill.launch_ray")
+    except ImportError as error:
+        raise ConfigError(
+            f"LAUNCHER=ray needs what Ray Train needs ({error}): pip install 'decant-fd[ray-train]'; LAUNCHER=torchrun "
+            "needs nothing more"
+        ) from error
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Ray Train as the launcher: the only file here that knows Ray. Nothing is kept in its state; checkpoints are ours."""
 
 import os
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -16,13 +17,14 @@ from ray.train.torch import TorchTrainer
 from distill.config import DistillRunConfig
 from distill.device import choose_device
 from distill.job import JOB_FILE
-from storage.errors import DecantError, first_line
+from storage.errors import ConfigError, DecantError, first_line
 
 _OBJECT_STORE_BYTES = 100 * 2**20
 """We need almost none, and a large one fails in containers with a small /dev/shm."""
 _OUR_PACKAGES = ("distill", "extract", "storage")
 """What a worker imports of ours; sent to the machines of a cluster, which need not have it."""
 _MOST_FAILURES = 3
+_PATIENCE_SECONDS = 5.0
 
 
 @contextmanager
@@ -45,6 +47,8 @@ def start(run: DistillRunConfig, folder: Path) -> Iterator["_Fit"]:
 
 
 def _begin(run: DistillRunConfig) -> None:
+    if run.ray_address and ":" in run.ray_address:
+        _check_answers(run.ray_address)
     root = Path(__file__).resolve().parent.parent
     packages = {"py_modules": [str(root / name) for name in _OUR_PACKAGES]}
     here: dict[str, Any] = {
@@ -59,6 +63,22 @@ def _begin(run: DistillRunConfig) -> None:
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise DecantError(
             f"cannot use {run.ray_address or 'a local Ray'}: {first_line(error)}; LAUNCHER=torchrun needs no Ray"
+        ) from error
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself asks a cluster that is not there for minutes.
+
+    Raises:
+        ConfigError: nothing answers.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _PATIENCE_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {address}: {first_line(error)}; give RAY=HOST:PORT of one that runs, or leave "
+            "it out for a local Ray"
         ) from error
 
 

@@ -42,8 +42,8 @@ def distill(job: Job, progress: Progress, stop: StopRequest) -> dict[str, Any]:
     with join_team(device) as team, repeatable(device, wanted=cfg.run.deterministic):
         if team.size != cfg.run.processes:
             raise ConfigError(
-                f"{cfg.run.processes} processes were asked for (distill.run.gpus, nodes), {team.size} were started; give "
-                "GPUS=... and let this program start them"
+                f"{cfg.run.processes} processes were asked for (distill.run.gpus, nodes), {team.size} were started; "
+                "give GPUS=... and let this program start them"
             )
         session = prepare(job, team, device, progress)
         log = train(session.training, progress, stop)

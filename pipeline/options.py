@@ -66,7 +66,7 @@ _OF_STAGES = (
         "--online/--no-online", default=None,
         help="Train without a store: the teacher works in every step. A control; slower and larger.",
     ),
-    click.option("--student", help="vit-ti, vit-s, vit-b, vit-l or toy."),
+    click.option("--student", help="vit-ti, vit-s, vit-b, vit-l, swinv2-b, swinv2-g, toy, or timm:NAME."),
     click.option("--gpus", type=click.IntRange(min=1), help="Processes that distil together, one a GPU."),
     click.option(
         "--launcher", type=click.Choice(["torchrun", "ray"]), help="Who starts them: torchrun, or Ray on a cluster.",

@@ -101,7 +101,7 @@ STAGES: dict[str, Stage] = {
             teacher=lambda c: c.online_teacher, outputs=("student.safetensors", "projector.safetensors"),
         ),
         Stage(
-            name="finetune", command="finetune", module="finetune.run", version=2, config=lambda c: c.finetune,
+            name="finetune", command="finetune", module="finetune.run", version=3, config=lambda c: c.finetune,
             needs=("distill",), data="all", folder="finetune", label=_finetune_label,
             has_needs=lambda c: c.finetune.student is None, student=lambda c: c.finetune.student,
         ),
