@@ -54,7 +54,7 @@ OPTIONS = $(strip $(call option,preset,PRESET) $(call option,teacher,TEACHER) $(
 PIPELINE = @$(BIN)/python -m pipeline
 
 STAGE_COMMANDS := demo run plan precision extract distill finetune evaluate report
-.PHONY: help setup test check fix bench clean $(STAGE_COMMANDS) status join audit verify repair convert upload export import teachers
+.PHONY: help setup test check fix bench experiments clean $(STAGE_COMMANDS) status join audit verify repair convert upload export import teachers
 
 help: ## this list
 	@echo "usage: make <command> [TEACHER=clip-l] [DATA=<folder>] [VIEWS=4] [STUDENT=vit-b] [SEEDS=3] [PRESET=...]"
@@ -143,6 +143,11 @@ fix: setup ## apply format and lint fixes
 bench: setup $(BENCH_STAMP) ## speed and size as ratios to plain reads and writes, beside peers; DOCS=1: into docs/
 	@OMP_NUM_THREADS=1 BENCH_FOLDER='$(or $(WORK),runs)/bench' BENCH_DOCS='$(DOCS)' \
 	  $(BIN)/python -m pytest tests/bench/bench_store.py -o python_files='bench_*.py'
+
+experiments: setup ## how many views, which encoding: students of a data set DATA with SEEDS=3 seeds each; DOCS=1: into docs/
+	@test -n '$(DATA)' || { echo "error: say on which images: make experiments DATA=<folder of class folders>"; exit 2; }
+	@OMP_NUM_THREADS=1 BENCH_FOLDER='$(or $(WORK),runs)/experiments' BENCH_DATA=$(call quoted,DATA) BENCH_SEEDS='$(SEEDS)' \
+	  BENCH_DOCS='$(DOCS)' $(BIN)/python -m pytest tests/bench/bench_experiments.py -o python_files='bench_*.py'
 
 $(BENCH_STAMP): $(STAMP)
 	@echo "setup: installing what only the benchmark needs"
