@@ -78,8 +78,9 @@ def prepare(job: Job, team: Team, device: torch.device, progress: Progress) -> S
     is_cuda = device.type == "cuda"
     share = Share(team.rank, team.size, cfg.run.accumulate)
     stream = DistillStream(
-        readers, index.location, cfg, cache_dir=index.images.cache_dir, share=share, is_pinned=is_cuda
-    )
+        readers, index.location, cfg, cache_dir=index.images.cache_dir, share=share, is_pinned=is_cuda,
+        is_live=live is not None,
+    )  # fmt: skip
     if stream.pixels.warning:
         progress.say(
             f"warning: {stream.pixels.warning}: the student may see slightly other pixels than the teacher did"

@@ -91,12 +91,13 @@ class DistillStream:
 
     def __init__(
         self, readers: Sequence[FeatureReader], location: str, cfg: DistillConfig, *, cache_dir: str = "",
-        share: Share = WHOLE, is_pinned: bool = False,
+        share: Share = WHOLE, is_pinned: bool = False, is_live: bool = False,
     ) -> None:  # fmt: skip
         """
         Args:
             location: of the images, and `cache_dir`, as for `open_pixels`.
             is_pinned: batches lie in memory that a GPU copies from while it computes.
+            is_live: the first is a `LiveReader`: what a store keeps of each token its teacher says in the step.
 
         Raises:
             ConfigError: the stores do not hold the same views of the same images, or batches cannot be shared out.
@@ -117,7 +118,10 @@ class DistillStream:
         self.view_order = ViewOrder(plan.num_images, plan.views_per_image, cfg.seed)
         self.num_steps = num_steps(len(self.order), cfg.epochs, cfg.batch_size)
         self._allocate = pinned_empty if is_pinned else np.empty
-        self._has_statistics = [needs_raw(cfg.target, r.plan.whitening, whiten=cfg.whiten) for r in readers]
+        self._has_statistics = [
+            needs_raw(cfg.target, reader.plan.whitening, whiten=cfg.whiten) and not (is_live and reader is first)
+            for reader in readers
+        ]
 
     def batches(self, start: int) -> Iterator[DistillBatch]:
         """This process's parts of all steps from `start` on, in order; of these, the newest `HELD_BATCHES` are valid at

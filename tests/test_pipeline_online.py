@@ -61,6 +61,19 @@ def test_an_online_run_needs_no_store_and_learns_what_it_would_say(
     assert losses(stored) == pytest.approx(losses(online), rel=1e-3), "the same views, the same targets"
 
 
+@pytest.mark.parametrize("settings", ["distill.whiten=false", "distill.target=pooled"])
+def test_targets_of_the_teachers_own_tokens_are_those_of_a_store(
+    settings: str, decant: Decant, make_images: MakeImages, tmp_path: Path
+) -> None:
+    work = ("--work", tmp_path / "runs", "--set", settings, "--set", "distill.epochs=1")
+    assert decant("extract", "--preset", "smoke", "--data", make_images(), *work).code == 0
+    for way in ("--online", "--no-online"):
+        outcome = decant("distill", way, *work)
+        assert outcome.code == 0, outcome.err
+    stored, online = students(tmp_path / "runs")
+    assert losses(stored) == pytest.approx(losses(online), rel=1e-3)
+
+
 def test_a_whole_run_may_be_online(decant: Decant, make_images: MakeImages, tmp_path: Path) -> None:
     work = ("--work", tmp_path / "runs")
     outcome = decant("run", "--preset", "smoke", "--data", make_images(), "--online", *work)
