@@ -7,6 +7,11 @@ from typing import Any
 
 import torch
 
+from storage.errors import ConfigError, first_line
+
+_ASKED_FOR = "use_deterministic_algorithms"
+"""In all of torch's complaints that it has no repeatable algorithm."""
+
 
 def choose_device(name: str) -> torch.device:
     """`auto` is the GPU where there is one: on a machine with several, this process's own."""
@@ -30,8 +35,15 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 @contextlib.contextmanager
 def repeatable(device: torch.device, *, wanted: bool) -> Iterator[None]:
-    """For the length of the block, algorithms that give the same bits each time, where a GPU has others too. Where
-    there is only one that does not, torch warns. On a CPU all are repeatable for one number of threads."""
+    """For the length of the block, algorithms that give the same bits each time, where a GPU has others too. On a CPU
+    all are repeatable for one number of threads.
+
+    torch would also go on with a warning where it has none. But then it takes the other algorithm of attention, too, of
+    which it has both.
+
+    Raises:
+        ConfigError: torch has no such algorithm for something that the block does.
+    """
     if not wanted or device.type != "cuda":
         yield
         return
@@ -39,10 +51,17 @@ def repeatable(device: torch.device, *, wanted: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
     fill = memory.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     memory.fill_uninitialized_memory = False  # nothing here reads what it did not write
     try:
         yield
+    except RuntimeError as error:
+        if _ASKED_FOR not in str(error):
+            raise
+        raise ConfigError(
+            f"torch cannot do all of this so that it gives the same bits each time ({first_line(error)}); set "
+            "distill.run.deterministic=false, and a resumed run ends a little different from an undisturbed one"
+        ) from error
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         memory.fill_uninitialized_memory = fill

@@ -19,6 +19,8 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from storage.stage import Interrupted
+
 _TIMEOUT = timedelta(minutes=30)
 """Of one exchange between processes; the first one waits for the slowest to open its stores."""
 
@@ -62,7 +64,11 @@ ALONE = Team()
 @contextlib.contextmanager
 def join_team(device: torch.device) -> Iterator[Team]:
     """This process's place among those that a launcher started, by the variables that it set (RANK, WORLD_SIZE, ...);
-    or in the group that it has made already."""
+    or in the group that it has made already.
+
+    After an error the group is left as it is: the others may wait in an exchange that this process never joins, and
+    with GPUs leaving it would wait for them. The process ends anyway, and says why.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 and not dist.is_initialized():
         yield ALONE
@@ -80,9 +86,15 @@ def join_team(device: torch.device) -> Iterator[Team]:
         )  # fmt: skip
     try:
         yield Team(dist.get_rank(), dist.get_world_size())
-    finally:
-        if is_ours:
-            dist.destroy_process_group()
+    except Interrupted:  # all leave together
+        _leave(is_ours)
+        raise
+    _leave(is_ours)
+
+
+def _leave(is_ours: bool) -> None:
+    if is_ours:
+        dist.destroy_process_group()
 
 
 def distribute(model: nn.Module, team: Team, device: torch.device, strategy: str) -> nn.Module:

@@ -31,6 +31,7 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
             done = copies.record_event()
         if ahead is not None:
             yield _ready(*ahead)
+            ahead[1].synchronize()  # its pinned memory is filled again once the next is asked for
         ahead = moved, done
     if ahead is not None:
         yield _ready(*ahead)

@@ -32,11 +32,13 @@ ROOT = Path(__file__).parents[2]
 WORKERS = ("--executor", "process")
 EPOCHS = 16
 SETTINGS = (
-    "extract.input_px=96", "distill.student.input_px=96", f"distill.epochs={EPOCHS}", "distill.batch_size=32",
-    "distill.optim.base_lr=0.064", "distill.optim.warmup_epochs=1", "distill.student.layer_scale=1.0",
-    "extract.run.audit_records=0", "distill.run.trackers=[]", "distill.run.threads=1", "evaluate.run.threads=1",
+    "extract.input_px=96", 'distill.student={"kind":"timm","model":"tf_mobilenetv3_small_minimal_100","input_px":96}',
+    f"distill.epochs={EPOCHS}", "distill.batch_size=32", "distill.optim.base_lr=0.064",
+    "distill.optim.warmup_epochs=1", "extract.run.audit_records=0", "distill.run.trackers=[]",
+    "distill.run.threads=1", "evaluate.run.threads=1",
 )  # fmt: skip
-"""On top of the preset `demo`: a ViT of 4 blocks and 128 channels, patches of 32 px."""
+"""On top of the preset `demo`. The student is a convolutional network, which learns something from a thousand images; a
+ViT of the demo's size came no further than a cosine of 0.35 with its teacher in the same time, whatever the store."""
 
 
 class Kind(NamedTuple):
