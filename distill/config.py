@@ -28,7 +28,8 @@ class TrainRunConfig(Schema):
     compile: bool | None = None
     """Let torch.compile make the training step: minutes at the start, then faster; None: on a GPU."""
     deterministic: bool = True
-    """Ask torch for algorithms that give the same bits each time, so that a resumed run ends as an undisturbed one."""
+    """Ask torch for algorithms that give the same bits each time, so that a resumed run ends as an undisturbed one; an
+    error where it has none."""
 
     @property
     def batches_ahead(self) -> int:
