@@ -1,6 +1,8 @@
 """The stage: a store becomes a student, whatever happens on the way and however the work is divided."""
 
+import functools
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,8 @@ from distill.run import run
 from distill.stream import DistillStream
 from distill.student import DistillModel, normalise_images
 from distill.student_config import BeitStudent
+from extract.config import ExtractConfig
+from extract.run import run as extract
 from storage.errors import ConfigError, DecantError, InputError, StoreBusyError
 from storage.image_index import load_index
 from storage.lock import hold_lock
@@ -24,6 +28,7 @@ from storage.reader import open_store
 from storage.stage import Interrupted, SilentProgress
 
 ToyStore = Callable[..., tuple[Path, Path]]
+Fork = Callable[[Callable[[], object]], int]
 CFG = DistillConfig(
     student=BeitStudent(input_px=32, patch_px=8, width=32, depth=2, heads=2), epochs=8, batch_size=8,
     optim=OptimConfig(base_lr=0.2, warmup_epochs=1), run=DistillRunConfig(device="cpu", threads=1),
@@ -143,6 +148,30 @@ def test_stopped_and_continued_it_is_the_same_student(
     assert metrics["history"] == whole["history"]
     assert metrics["resumed_at"] == steps
     assert not (tmp_path / "stopped" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("layout", ["zarr", "wds"])
+@pytest.mark.parametrize("encoding", ["fp16", "int8"])
+def test_killed_at_any_step_with_any_loaders_it_is_the_same_student(
+    layout: str, encoding: str, make_index: Callable[..., tuple[Path, Any]], fork: Fork, tmp_path: Path
+) -> None:
+    """Killed after steps 1, 2, 7 and 16 by SIGKILL; every time with other loaders, at last with the first ones."""
+    data, _ = make_index()
+    store = ExtractConfig.model_validate(
+        {"teacher": "toy", "views": 2, "layout": layout, "encoding": {"kind": encoding}, "records_per_shard": 6,
+         "run": {"executor": "inline", "device": "cpu", "audit_records": 0}}
+    )  # fmt: skip
+    extract(store, {"data": data}, tmp_path / "store")
+    inputs = {"data": data, "extract": tmp_path / "store"}
+    whole = run(CFG, inputs, tmp_path / "whole")
+    for step, loaders in [(1, 3), (2, 1), (7, 5), (16, 2)]:
+        cfg = with_run(loaders=loaders, checkpoint_seconds=1e-9)
+        killed = fork(functools.partial(run, cfg, inputs, tmp_path / "killed", SignalAt(step, signal.SIGKILL)))
+        assert os.WTERMSIG(os.waitpid(killed, 0)[1]) == signal.SIGKILL
+    metrics = run(CFG, inputs, tmp_path / "killed")
+    assert metrics["resumed_at"] == [1, 6, 15], "a step that was not saved is made again"
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert metrics["history"] == whole["history"]
 
 
 def test_other_settings_or_another_store_start_anew(inputs: dict[str, Path], tmp_path: Path) -> None:
