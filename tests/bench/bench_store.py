@@ -15,7 +15,19 @@ from typing import Any
 
 import pytest
 
-from tests.bench import arrivals, cold_reads, executors, extraction, opening, picture, scale, sizes, warm_reads, writes
+from tests.bench import (
+    arrivals,
+    cold_reads,
+    executors,
+    extraction,
+    opening,
+    picture,
+    scale,
+    sizes,
+    training,
+    warm_reads,
+    writes,
+)
 from tests.bench.made_up import COLD_RECORDS, WARM_RECORDS, make_store
 from tests.bench.report import as_text, describe_machine, installed_versions
 from tests.bench.results import Report, Row, Section
@@ -66,6 +78,8 @@ def measure(work: Path, say: Callable[[str], None]) -> tuple[Section, ...]:
     sections.append(extraction.measure(work / "extraction"))
     say("extraction by workers")
     sections.append(executors.measure(work / "executors"))
+    say("distillation")
+    sections += training.measure(work / "training")
     say("sizes and opening")
     sections.append(sizes.measure(work / "sizes"))
     sections.append(opening.measure(work / "opening", zarr_store, wds_store))
