@@ -28,6 +28,7 @@ job.py         one distillation as data
 session.py     one process's work on it: stores, model, loss, training, results
 relay.py       progress and stops between processes, by files
 worker.py      one of several processes
+parent.py      a process that ends with the one which started it
 agent.py       torchrun that ends with the command that started it
 launch.py      several processes for one distillation
 launch_ray.py  the same by Ray Train; the only file here that knows Ray

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from distill.config import DistillRunConfig
 from distill.job import JOB_FILE, OUTCOME_FILE, PROGRESS_FILE, STOP_FILE, Job, Outcome
+from distill.parent import PARENT
 from distill.relay import Follower
 from storage.atomic import write_file
 from storage.errors import ConfigError, DecantError
@@ -126,7 +127,7 @@ def _torchrun(run: DistillRunConfig, folder: Path, progress: Progress) -> Iterat
     root = str(Path(__file__).resolve().parent.parent)
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
-        "DECANT_PARENT": str(os.getpid()),
+        PARENT: str(os.getpid()),
     }
     with (folder / LOG_FILE).open("wb") as log:
         process = subprocess.Popen(

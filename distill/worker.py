@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from distill.job import OUTCOME_FILE, PROGRESS_FILE, STOP_FILE, Job, Outcome
+from distill.parent import end_with_parent
 from distill.relay import FileProgress, FileStop
 from distill.session import distill
 from storage.atomic import create_file, write_file
@@ -41,4 +42,5 @@ def work(job_path: Path) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     work(Path(sys.argv[1]))

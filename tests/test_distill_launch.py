@@ -119,7 +119,9 @@ def test_what_is_wrong_in_a_process_is_said_by_the_command(inputs: dict[str, Pat
     assert found.value.exit_code == ConfigError.exit_code
 
 
-def test_processes_end_with_the_command_that_started_them(inputs: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", ["command", "torchrun"])
+def test_processes_end_with_those_that_started_them(victim: str, inputs: dict[str, Path], tmp_path: Path) -> None:
+    """Whoever gives the command again would find them at work in the same folder."""
     code = (
         "import sys, json, pathlib; sys.path.insert(0, sys.argv[1])\n"
         "from distill.config import DistillConfig\nfrom distill.run import run\n"
@@ -132,9 +134,14 @@ def test_processes_end_with_the_command_that_started_them(inputs: dict[str, Path
     command = subprocess.Popen([sys.executable, "-c", code, *texts])
     wait_until(lambda: len(workers(out, rank=0)) + len(workers(out, rank=1)) == 2)
     wait_until((out / "progress.jsonl").exists)
-    command.kill()
-    command.wait()
-    wait_until(lambda: not workers(out, rank=0) and not workers(out, rank=1))
+    left = workers(out, rank=0) + workers(out, rank=1)
+    os.kill(command.pid if victim == "command" else parent_of(left[0]), signal.SIGKILL)
+    assert command.wait(20) != 0
+    wait_until(lambda: not workers(out, rank=0) and not workers(out, rank=1), seconds=5)
+
+
+def parent_of(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def wait_until(is_so: Callable[[], bool], seconds: float = 60) -> None:
