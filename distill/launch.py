@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from distill.config import DistillRunConfig
 from distill.job import JOB_FILE, OUTCOME_FILE, PROGRESS_FILE, STOP_FILE, Job, Outcome
@@ -33,6 +33,9 @@ class Processes(Protocol):
 
     def poll(self) -> int | None:
         """The exit status once all have ended."""
+
+    def last_words(self) -> str:
+        """What they said last, for an error of which nothing else is known."""
 
 
 def launch(job: Job, progress: Progress, stop: StopRequest) -> dict[str, Any]:
@@ -58,7 +61,7 @@ def launch(job: Job, progress: Progress, stop: StopRequest) -> dict[str, Any]:
                 write_file(folder / STOP_FILE, stop.signal_name.encode())
         status = processes.poll()
         follower.follow()
-    return _read_outcome(folder, status, stop)
+    return _read_outcome(folder, f"status {status}; {processes.last_words()}", stop)
 
 
 def _has_failed(folder: Path) -> bool:
@@ -67,15 +70,13 @@ def _has_failed(folder: Path) -> bool:
     return path.exists() and bool(Outcome.from_file(path, path.read_bytes()).error)
 
 
-def _read_outcome(folder: Path, status: int | None, stop: StopRequest) -> dict[str, Any]:
+def _read_outcome(folder: Path, end: str, stop: StopRequest) -> dict[str, Any]:
     path = folder / OUTCOME_FILE
     outcome = Outcome.from_file(path, path.read_bytes()) if path.exists() else None
     for name in (JOB_FILE, OUTCOME_FILE, PROGRESS_FILE, STOP_FILE):
         (folder / name).unlink(missing_ok=True)
     if outcome is None:
-        log = folder / LOG_FILE
-        last = "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:]) if log.exists() else ""
-        raise DecantError(f"the training's processes ended with status {status}; the end of {log}:\n{last}")
+        raise DecantError(f"the training's processes ended with {end}")
     if outcome.error:
         error = DecantError(outcome.error)
         error.exit_code = outcome.exit_code
@@ -107,7 +108,7 @@ def _ray_launcher() -> Any:
 
 
 @contextmanager
-def _torchrun(run: DistillRunConfig, folder: Path, progress: Progress) -> Iterator[subprocess.Popen[bytes]]:
+def _torchrun(run: DistillRunConfig, folder: Path, progress: Progress) -> Iterator["_Torchrun"]:
     """torchrun in a process group of its own, so that a Ctrl-C is heard here alone; it ends with the block."""
     where = ["--standalone"]
     if run.nodes > 1:
@@ -135,12 +136,28 @@ def _torchrun(run: DistillRunConfig, folder: Path, progress: Progress) -> Iterat
             start_new_session=True,
         )  # fmt: skip
     try:
-        yield process
+        yield _Torchrun(process, folder / LOG_FILE)
+    except KeyboardInterrupt:  # the second one: at once
+        process.kill()  # and its processes with it
+        process.wait()
+        raise
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             try:
                 process.wait(60)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
                 process.wait()
+
+
+class _Torchrun(NamedTuple):
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def poll(self) -> int | None:
+        return self.process.poll()
+
+    def last_words(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+        return "\n".join([f"the end of {self.log}:", *lines])

@@ -38,12 +38,12 @@ def start(run: DistillRunConfig, folder: Path) -> Iterator["_Fit"]:
     is_ours = not ray.is_initialized()
     if is_ours:
         _begin(run)
-    try:
-        with tempfile.TemporaryDirectory(prefix="decant-ray-") as records:
+    with tempfile.TemporaryDirectory(prefix="decant-ray-", ignore_cleanup_errors=True) as records:
+        try:
             yield _Fit(_trainer(run, folder, records))
-    finally:
-        if is_ours:
-            ray.shutdown()
+        finally:  # before the folder goes that it writes to
+            if is_ours:
+                ray.shutdown()
 
 
 def _begin(run: DistillRunConfig) -> None:
@@ -119,3 +119,6 @@ class _Fit:
 
     def poll(self) -> int | None:
         return self.status
+
+    def last_words(self) -> str:
+        return f"Ray says: {self.error}"

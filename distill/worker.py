@@ -27,7 +27,8 @@ def work(job_path: Path) -> None:
     is_first = os.environ.get("RANK", "0") == "0"
     progress: Progress = FileProgress(job.out_dir / PROGRESS_FILE) if is_first else SilentProgress()
     try:
-        with stop_on_signals(FileStop(job.out_dir / STOP_FILE)) as stop:
+        # whoever ends all processes of a machine tells this one, and torchrun tells it again: that is no second wish
+        with stop_on_signals(FileStop(job.out_dir / STOP_FILE), second_ends=False) as stop:
             outcome = Outcome(metrics=distill(job, progress, stop))
     except Interrupted:
         outcome = Outcome(interrupted=True)

@@ -71,14 +71,20 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
-    """The first Ctrl-C or SIGTERM asks for a stop at the next safe point, the second stops at once."""
+def stop_on_signals(request: StopRequest | None = None, *, second_ends: bool = True) -> Iterator[StopRequest]:
+    """The first Ctrl-C or SIGTERM asks for a stop at the next safe point, the second stops at once.
+
+    Args:
+        second_ends: False for a process that may be told the same by several others: a further signal changes nothing.
+    """
     request = StopRequest() if request is None else request
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
 
     def ask(number: int, frame: object) -> None:
+        if request.signal_name and not second_ends:
+            return
         if request.signal_name:
             raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
         request.signal_name = signal.Signals(number).name

@@ -75,6 +75,20 @@ def test_torchrun_starts_them_and_all_stop_when_one_is_asked(inputs: dict[str, P
     assert not [name for name in ("stop", "job.json", "outcome.json") if (tmp_path / "two" / name).exists()]
 
 
+def test_a_signal_to_all_processes_is_one_stop(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """As a scheduler sends it, which knows nothing of who started whom; torchrun passes it on once more."""
+    out = tmp_path / "two"
+
+    def tell_all() -> None:
+        ranks = workers(out, rank=0) + workers(out, rank=1)
+        for process in (*ranks, parent_of(ranks[0]), os.getpid()):
+            os.kill(process, signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        run(with_run(gpus=2).model_copy(update={"epochs": 10**6}), inputs, out, Watch(5, tell_all))
+    assert list((out / "checkpoints").glob("*.json"))
+
+
 def test_a_process_that_is_killed_costs_nothing_but_time(inputs: dict[str, Path], tmp_path: Path) -> None:
     """All begin again from the newest checkpoint, which is written after every step here."""
     cfg = with_run(gpus=2, checkpoint_seconds=1e-9).model_copy(update={"epochs": 32})
