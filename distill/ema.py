@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from distill.parallel import spread_like, whole
+from distill.parallel import spread_like
 
 
 class Ema:
@@ -18,11 +18,8 @@ class Ema:
         means = [_local(mean) for mean in self.mean.values()]
         torch._foreach_lerp_(means, [_local(parameter) for parameter in self.model.parameters()], 1 - self.decay)
 
-    def state(self) -> dict[str, Tensor]:
-        """The mean weights, whole."""
-        return {name: whole(mean) for name, mean in self.mean.items()}
-
     def load(self, state: dict[str, Tensor]) -> None:
+        """Whole mean weights by the names of the model's parameters."""
         for name, mean in self.mean.items():
             mean.copy_(spread_like(state[name], mean))
 

@@ -117,7 +117,7 @@ def train(run: Training, progress: Progress, stop: StopRequest) -> TrainingLog:
         is_stopped, is_due = team.any(bool(stop), gauges.seconds_since_save > run.checkpoint_seconds)
         if is_stopped or is_due:
             gauges.before_save()
-            tensors = run.state.tensors()
+            tensors = run.state.tensors(wanted=team.is_first)
             if team.is_first:
                 save_checkpoint(run.out_dir / "checkpoints", step + 1, tensors, run.run_digest, vars(log))
         if is_stopped:

@@ -14,8 +14,8 @@ from distill.job import Job
 from distill.loop import Training, TrainingLog, finish, train
 from distill.objective import Objective
 from distill.optim import build_optimizer, learning_rate, set_learning_rate
-from distill.parallel import Team, distribute, join_team, settle, whole
-from distill.state import TrainState
+from distill.parallel import Team, distribute, join_team, settle
+from distill.state import TrainState, gather
 from distill.stream import DistillBatch, DistillStream, Share
 from distill.student import DistillModel, checkpoint_activations, normalise_images
 from distill.trackers import open_trackers
@@ -171,7 +171,7 @@ def _save(session: Session, job: Job) -> None:
     if training.state.ema is not None:
         training.state.ema.apply()
     for name, module in (("student", model.student), ("projector", model.projectors)):
-        state = {key: whole(value) for key, value in module.state_dict().items()}
+        state = gather(module.state_dict().items(), wanted=training.team.is_first)
         if training.team.is_first:
             save_weights(job.out_dir / f"{name}.safetensors", state, session.facts)
     if training.team.is_first:

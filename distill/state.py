@@ -1,5 +1,6 @@
 """All that a training has learnt so far, as whole tensors by name."""
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,13 +18,18 @@ class TrainState(NamedTuple):
     optimizer: torch.optim.Optimizer
     ema: Ema | None = None
 
-    def tensors(self) -> dict[str, Tensor]:
-        """On the CPU. Where the model is spread over processes, all of them must ask at the same time."""
-        found = {f"model.{name}": whole(value) for name, value in self.model.state_dict().items()}
-        found |= {f"optimizer.{name}": whole(value) for name, value in optimizer_tensors(self.optimizer)}
+    def tensors(self, *, wanted: bool = True) -> dict[str, Tensor]:
+        """On the CPU, as `gather` does it."""
+        return gather(self._named(), wanted=wanted)
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        for name, value in self.model.state_dict().items():
+            yield f"model.{name}", value
+        for name, value in optimizer_tensors(self.optimizer):
+            yield f"optimizer.{name}", value
         if self.ema is not None:
-            found |= {f"ema.{name}": value for name, value in self.ema.state().items()}
-        return {name: value.detach().cpu().contiguous() for name, value in found.items()}
+            for name, value in self.ema.mean.items():
+                yield f"ema.{name}", value
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Put the tensors of a checkpoint back."""
@@ -45,3 +51,15 @@ class TrainState(NamedTuple):
             parameter = parameters[int(key.partition(".")[0])]
             found[key] = spread_like(value, parameter) if value.shape == parameter.shape else value
         return found
+
+
+def gather(named: Iterable[tuple[str, Tensor]], *, wanted: bool) -> dict[str, Tensor]:
+    """Whole tensors on the CPU; of those that are spread over processes, every process must ask at the same time, and
+    those that do not want them keep none. One after the other: no device can hold all of a model that had to be spread.
+    """
+    found = {}
+    for name, value in named:
+        all_of_it = whole(value)
+        if wanted:
+            found[name] = all_of_it.detach().cpu().contiguous()
+    return found

@@ -183,11 +183,11 @@ def test_the_running_mean_is_its_formula() -> None:
             model.weight += step
         ema.update()
         expected = 0.75 * expected + 0.25 * model.weight.detach()
-    torch.testing.assert_close(ema.state()["weight"], expected)
+    torch.testing.assert_close(ema.mean["weight"], expected)
     other = Ema(nn.Linear(3, 2), 0.75)
-    other.load(ema.state())
+    other.load(ema.mean)
     other.apply()
-    assert other.model.get_parameter("weight").equal(ema.state()["weight"])
+    assert other.model.get_parameter("weight").equal(ema.mean["weight"])
 
 
 def test_blocks_are_found_in_networks_of_all_kinds() -> None:
