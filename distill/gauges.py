@@ -32,7 +32,6 @@ class Gauges:
         self.history_every = max(1, run.num_steps // HISTORY_POINTS)
         self.tracked_every = max(1, run.num_steps // TRACKED_POINTS)
         self.trackers = run.trackers(start) if run.team.is_first else ()
-        self.tracked: list[float] = []
         self.pace = Pace()
         self.device = next(run.state.model.parameters()).device
         self._began = self._counted = self._saved = time.monotonic()
@@ -61,7 +60,7 @@ class Gauges:
         run, log = self.run, self.log
         self.pace.add(run.images_per_step)
         log.recent.append(loss)
-        self.tracked.append(loss)
+        log.tracked.append(loss)
         if done % self.history_every == 0 or done == run.num_steps:
             log.history.append({"step": done, "loss": sum(log.recent) / len(log.recent), "lr": lr})
             log.recent.clear()
@@ -69,10 +68,10 @@ class Gauges:
         memory = memory_bytes(self.device)
         if done % self.tracked_every == 0 or done == run.num_steps:
             values = {
-                "loss": sum(self.tracked) / len(self.tracked), "lr": lr, "grad_norm": grad_norm,
+                "loss": sum(log.tracked) / len(log.tracked), "lr": lr, "grad_norm": grad_norm,
                 "images_per_second": self.pace.per_second(), "data_wait": wait, "memory_gb": memory / 1e9,
             }  # fmt: skip
-            self.tracked.clear()
+            log.tracked.clear()
             for tracker in self.trackers:
                 tracker.log(done, values)
         self.progress.advance(

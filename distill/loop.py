@@ -5,6 +5,7 @@ resumed from a checkpoint ends with the same bytes as one that was not. A step's
 processes and one after the other; what a part sees and draws depends on its number alone, not on who computes it.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +72,8 @@ class TrainingLog:
     """Mean loss since the point before, and the learning rate."""
     recent: list[float] = field(default_factory=list)
     """Losses since the newest point; kept, so that the curve does not depend on where a run was cut."""
+    tracked: list[float] = field(default_factory=list)
+    """The same for the points that trackers get."""
     resumed_at: list[int] = field(default_factory=list)
 
 
@@ -87,43 +90,41 @@ def train(run: Training, progress: Progress, stop: StopRequest) -> TrainingLog:
 
     # ---- resume ------------------------------------------------------------------------------------------------------
     log, start = _resume(run, progress)
-    gauges = Gauges(run, start, log, progress)
 
     # ---- loop --------------------------------------------------------------------------------------------------------
     model.train()
     batches = run.batches(start)
-    for step in range(start, run.num_steps):
-        lr = run.set_lr(step)
-        optimizer.zero_grad(set_to_none=True)
-        loss, keys = torch.zeros((), device=device), []
-        for part in range(run.parts):
-            with gauges.waiting():
-                batch = next(batches)
-            torch.manual_seed(part_seed(run.seed, step, part * team.size + team.rank))
-            with without_exchange(forward, wanted=part < run.parts - 1):
-                part_loss = run.loss(batch) / run.parts
-                part_loss.backward()
-            loss += part_loss.detach()
-            keys += batch.keys
-        grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), run.clip_grad))
+    with contextlib.closing(Gauges(run, start, log, progress)) as gauges:
+        for step in range(start, run.num_steps):
+            lr = run.set_lr(step)
+            optimizer.zero_grad(set_to_none=True)
+            loss, keys = torch.zeros((), device=device), []
+            for part in range(run.parts):
+                with gauges.waiting():
+                    batch = next(batches)
+                torch.manual_seed(part_seed(run.seed, step, part * team.size + team.rank))
+                with without_exchange(forward, wanted=part < run.parts - 1):
+                    part_loss = run.loss(batch) / run.parts
+                    part_loss.backward()
+                loss += part_loss.detach()
+                keys += batch.keys
+            grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), run.clip_grad))
 
-        mean_loss, norm = (team.total(torch.stack([loss, grad_norm])) / team.size).tolist()
-        refuse_non_finite(run, step, keys, mean_loss, norm)
-        optimizer.step()
-        if ema is not None:
-            ema.update()
+            mean_loss, norm = (team.total(torch.stack([loss, grad_norm])) / team.size).tolist()
+            refuse_non_finite(run, step, keys, mean_loss, norm)
+            optimizer.step()
+            if ema is not None:
+                ema.update()
 
-        gauges.step_done(step + 1, mean_loss, lr, norm)
-        is_stopped, is_due = team.any(bool(stop), gauges.seconds_since_save > run.checkpoint_seconds)
-        if is_stopped or is_due:
-            gauges.before_save()
-            tensors = run.state.tensors(wanted=team.is_first)
-            if team.is_first:
-                save_checkpoint(run.out_dir / "checkpoints", step + 1, tensors, run.run_digest, vars(log))
-        if is_stopped:
-            gauges.close()
-            stop.agreed()
-    gauges.close()
+            gauges.step_done(step + 1, mean_loss, lr, norm)
+            is_stopped, is_due = team.any(bool(stop), gauges.seconds_since_save > run.checkpoint_seconds)
+            if is_stopped or is_due:
+                gauges.before_save()
+                tensors = run.state.tensors(wanted=team.is_first)
+                if team.is_first:
+                    save_checkpoint(run.out_dir / "checkpoints", step + 1, tensors, run.run_digest, vars(log))
+            if is_stopped:
+                stop.agreed()
     return log
 
 

@@ -1,10 +1,11 @@
 """The training loop: however often it is stopped, killed or damaged, it ends with the same bytes."""
 
+import dataclasses
 import functools
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -247,3 +248,36 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> No
     found = json.loads((tmp_path / "bad" / "non-finite-step-5.json").read_text())
     assert found["keys"] == [f"image-5-{row}" for row in range(8)]
     assert found["step"] == 5
+
+
+class Curve:
+    """Takes the points of a run."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[int, float]] = []
+        self.is_closed = False
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.points.append((step, values["loss"]))
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_a_tracked_point_is_the_mean_since_the_one_before_wherever_a_run_was_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill.gauges, "TRACKED_POINTS", 3)  # every 4 steps
+    whole, rest = Curve(), Curve()
+    go(dataclasses.replace(make_training(tmp_path / "whole"), trackers=lambda start: [whole]))
+    assert [step for step, _ in whole.points] == [4, 8, 12]
+    stop_at(tmp_path / "cut", 6)
+    go(dataclasses.replace(make_training(tmp_path / "cut"), trackers=lambda start: [rest]))
+    assert rest.points == whole.points[1:]
+
+
+def test_trackers_have_all_points_before_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    curve = Curve()
+    with pytest.raises(DecantError, match="at step 7"):
+        go(dataclasses.replace(make_training(tmp_path, poison=7), trackers=lambda start: [curve]))
+    assert (len(curve.points), curve.is_closed) == (7, True)
