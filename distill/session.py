@@ -161,6 +161,7 @@ def prepare(job: Job, team: Team, device: torch.device, progress: Progress) -> S
         "store": fingerprints[0],
         "teacher": ", ".join(features.teacher for features in teachers),
         "whitening": first.plan.whitening.model_dump_json(),
+        "whiten": str(cfg.whiten).lower(),
     }
     return Session(training, model, stream, facts)
 

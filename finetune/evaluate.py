@@ -59,7 +59,7 @@ def run(
         _check_images(store, images)
     weights = inputs["distill"] / "student.safetensors"
     student = student_shape(weights)
-    _check_whitening(weights, eval_store)
+    is_raw = _learnt_raw_tokens(weights, eval_store)
     device = choose_device(cfg.run.device)
     model = DistillModel(student, [eval_store.plan.features], drop_path=0.0, grid="resample")
     model.student.load_state_dict(load_weights(weights))
@@ -87,8 +87,8 @@ def run(
         )
         student_probe = probe(*pooled)
         progress.say("student against teacher on held-out images")
-        distance = compare_tokens(model, eval_store, eval_images, student.input_px, device, stop)
-        _keep_pictures(cfg, model, eval_store, eval_images, student.input_px, device, out_dir)
+        distance = compare_tokens(model, eval_store, eval_images, student.input_px, device, stop, is_raw=is_raw)
+        _keep_pictures(cfg, model, eval_store, eval_images, student.input_px, device, out_dir, is_raw=is_raw)
         stop.check()
     return {"teacher_probe": teacher_probe, "student_probe": student_probe, "held_out": distance}
 
@@ -102,26 +102,33 @@ def _check_images(store: FeatureReader, images: ImageList) -> None:
         )
 
 
-def _check_whitening(weights: Path, store: FeatureReader) -> None:
-    """A student predicts tokens that are whitened like those that it learnt from; others say nothing about it."""
-    learnt = load_facts(weights).get("whitening", LayerNorm().model_dump_json())
+def _learnt_raw_tokens(weights: Path, store: FeatureReader) -> bool:
+    """Whether a student predicts the teacher's own tokens, instead of whitened ones.
+
+    Raises:
+        InputError: it learnt from tokens that are whitened unlike the store's, which say nothing about it.
+    """
+    facts = load_facts(weights)
+    learnt = facts.get("whitening", LayerNorm().model_dump_json())
     found = store.plan.whitening.model_dump_json()
     if learnt != found:
         raise InputError(
             f"the tokens of {store.location} are whitened by {found}, the student learnt from tokens whitened by "
             f"{learnt}; run `make evaluate` with the WHITENING and STORE that the student was distilled with"
         )
+    return facts.get("whiten") == "false"
 
 
 @torch.inference_mode()
 def compare_tokens(
     model: DistillModel, store: FeatureReader, images: ImageList, image_px: int, device: torch.device,
-    stop: StopRequest | None = None,
+    stop: StopRequest | None = None, *, is_raw: bool = False,
 ) -> dict[str, float]:  # fmt: skip
-    """Mean loss (beta 2) and cosine between predicted and true whitened tokens; and the loss of predicting zero."""
+    """Mean loss (beta 2) and cosine between predicted and true tokens, whitened or (`is_raw`) the teacher's own; and
+    the loss of predicting zero."""
     sums = torch.zeros(3, dtype=torch.float64)
     count = 0
-    for batch in iter_views(store, images, image_px=image_px, stop=stop):
+    for batch in iter_views(store, images, image_px=image_px, stop=stop, is_raw=is_raw):
         assert batch.images_BHWC is not None
         target_BTC = select_targets(batch.tokens_BTC, store.plan.features, has_cls=model.has_cls[0]).to(device)
         [pred_BTC] = model(normalise_images(batch.images_BHWC, device))
@@ -137,10 +144,10 @@ def compare_tokens(
 @torch.inference_mode()
 def _keep_pictures(
     cfg: EvaluateConfig, model: DistillModel, store: FeatureReader, images: ImageList, image_px: int,
-    device: torch.device, out_dir: Path,
+    device: torch.device, out_dir: Path, *, is_raw: bool,
 ) -> None:  # fmt: skip
     """A few views, spread over the list, with the grid tokens of teacher and student: `pictures.npz`."""
-    views = list(_first_views(store, images, image_px, cfg.pictures))
+    views = list(_first_views(store, images, image_px, cfg.pictures, is_raw=is_raw))
     if not views:
         return
     pixels_BHWC = torch.stack([pixels for _, pixels, _ in views])
@@ -159,14 +166,14 @@ def _keep_pictures(
 
 
 def _first_views(
-    store: FeatureReader, images: ImageList, image_px: int, count: int
+    store: FeatureReader, images: ImageList, image_px: int, count: int, *, is_raw: bool
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(key, pixels, tokens) of `count` images, evenly spread."""
     usable = store.usable_images()
     wanted = set(usable[np.linspace(0, len(usable) - 1, min(count, len(usable))).astype(int)].tolist())
     if not wanted:
         return
-    for batch in iter_views(store, images, image_px=image_px):
+    for batch in iter_views(store, images, image_px=image_px, is_raw=is_raw):
         assert batch.images_BHWC is not None
         for number, position in enumerate(batch.positions_B.tolist()):
             if position in wanted:

@@ -24,7 +24,7 @@ class ViewBatch(NamedTuple):
     positions_B: NDArray[np.int64]
     """Of their images, in the store's list."""
     records_B: NDArray[np.int64]
-    tokens_BTC: Tensor  # float32, whitened
+    tokens_BTC: Tensor  # float32, whitened or the teacher's own
     is_grid_BT1: Tensor  # 1 for tokens of the grid, 0 for CLS and registers
     images_BHWC: Tensor | None  # uint8
 
@@ -38,9 +38,13 @@ class PooledFeatures(NamedTuple):
 
 
 def iter_views(
-    reader: FeatureReader, images: ImageList, *, image_px: int | None = None, stop: StopRequest | None = None
-) -> Iterator[ViewBatch]:
+    reader: FeatureReader, images: ImageList, *, image_px: int | None = None, stop: StopRequest | None = None,
+    is_raw: bool = False,
+) -> Iterator[ViewBatch]:  # fmt: skip
     """All usable views of a store in order, rendered at `image_px` when given.
+
+    Args:
+        is_raw: the tokens are the teacher's own, whitening undone.
 
     Raises:
         Interrupted: between two batches, because a stop was asked for.
@@ -68,15 +72,15 @@ def iter_views(
         if places_BT is None:
             places_BT = np.broadcast_to(np.arange(plan.features.num_tokens), tokens_BTC.shape[:2])
         is_grid_BT1 = torch.from_numpy(places_BT >= plan.features.num_prefix_tokens).float().unsqueeze(-1)
-        yield ViewBatch(positions_B, records_B, torch.from_numpy(tokens_BTC).float(), is_grid_BT1, pixels)
+        wanted_BTC = reader.unwhiten(tokens_BTC, records_B) if is_raw else tokens_BTC.astype(np.float32)
+        yield ViewBatch(positions_B, records_B, torch.from_numpy(wanted_BTC), is_grid_BT1, pixels)
 
 
 def pool_teacher(reader: FeatureReader, images: ImageList, stop: StopRequest | None = None) -> PooledFeatures:
     """The teacher's own features: whitening undone, mean over the grid tokens that the store keeps."""
     pooled, positions = [], []
-    for batch in iter_views(reader, images, stop=stop):
-        raw_BTC = torch.from_numpy(reader.unwhiten(batch.tokens_BTC.numpy(), batch.records_B))
-        pooled.append((raw_BTC * batch.is_grid_BT1).sum(1) / batch.is_grid_BT1.sum(1).clamp(min=1))
+    for batch in iter_views(reader, images, stop=stop, is_raw=True):
+        pooled.append((batch.tokens_BTC * batch.is_grid_BT1).sum(1) / batch.is_grid_BT1.sum(1).clamp(min=1))
         positions.append(batch.positions_B)
     return _gather(pooled, positions, images)
 

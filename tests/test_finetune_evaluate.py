@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from distill.checkpoint import load_weights
+from distill.checkpoint import load_facts, load_weights, save_weights
 from distill.config import TrainRunConfig
 from distill.student import DistillModel, normalise_images
 from distill.student_config import find_student
@@ -70,6 +71,21 @@ def test_probes_are_those_of_the_pooled_features(inputs: dict[str, Path], tmp_pa
         assert {key: value for key, value in metrics[name].items() if key != "seconds"} == truth
         assert metrics[name]["num_eval"] == 4, "the held-out store has one view an image"
     assert metrics["held_out"] == stage.compare_tokens(model, *stores[1], 32, CPU)
+
+
+def test_a_student_of_the_teachers_own_tokens_is_compared_with_those(inputs: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(inputs["distill"], tmp_path / "student"))
+    path = folder / "student.safetensors"
+    assert load_facts(path)["whiten"] == "true"
+    save_weights(path, load_weights(path), load_facts(path) | {"whiten": "false"})
+    metrics = stage.run(CFG, inputs | {"distill": folder}, tmp_path / "out")
+    store, images = open_store(inputs["extract_eval"]), load_index(inputs["data"]).split("eval")
+    records_R = np.arange(store.plan.num_records)
+    raw_BTC = torch.from_numpy(store.raw_tokens(records_R))
+    zero = float(F.smooth_l1_loss(torch.zeros_like(raw_BTC), raw_BTC, beta=2.0))
+    assert metrics["held_out"]["zero_loss"] == pytest.approx(zero, rel=1e-5)
+    assert metrics["held_out"] == stage.compare_tokens(load_model(inputs), store, images, 32, CPU, is_raw=True)
+    assert metrics["held_out"] != stage.compare_tokens(load_model(inputs), store, images, 32, CPU)
 
 
 def test_labels_come_from_the_data_not_from_the_store(inputs: dict[str, Path], tmp_path: Path) -> None:
