@@ -14,10 +14,33 @@ _ASKED_FOR = "use_deterministic_algorithms"
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one: on a machine with several, this process's own."""
-    if name == "cpu" or not torch.cuda.is_available():
+    """`auto` is the GPU where there is one: on a machine with several, this process's own.
+
+    Raises:
+        ConfigError: `cuda` was asked for, and there is none.
+    """
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise ConfigError(
+            "run.device=cuda was asked for, but torch sees no GPU; use run.device=cpu, or check the driver"
+        )
+    if name == "cpu" or not has_gpu:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def check_gpus(name: str, processes: int) -> None:
+    """Refuse more processes than this machine has GPUs, if it has any: two cannot share one, and NCCL says it darkly.
+
+    Raises:
+        ConfigError: says how many there are.
+    """
+    found = torch.cuda.device_count() if name != "cpu" else 0
+    if 0 < found < processes:
+        raise ConfigError(
+            f"{processes} processes were asked for (GPUS, distill.run.gpus), each with a GPU of its own, but this "
+            f"machine has {found}; set GPUS={found}, and ACCUMULATE above 1 where the memory does not suffice"
+        )
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:

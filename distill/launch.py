@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from distill.config import DistillRunConfig
+from distill.device import check_gpus
 from distill.job import JOB_FILE, OUTCOME_FILE, PROGRESS_FILE, STOP_FILE, Job, Outcome
 from distill.parent import PARENT
 from distill.relay import Follower
@@ -110,6 +111,7 @@ def _ray_launcher() -> Any:
 @contextmanager
 def _torchrun(run: DistillRunConfig, folder: Path, progress: Progress) -> Iterator["_Torchrun"]:
     """torchrun in a process group of its own, so that a Ctrl-C is heard here alone; it ends with the block."""
+    check_gpus(run.device, run.gpus)
     where = ["--standalone"]
     if run.nodes > 1:
         if run.rendezvous is None:

@@ -83,7 +83,7 @@ def _check_answers(address: str) -> None:
 
 
 def _trainer(run: DistillRunConfig, folder: Path, records: str) -> TorchTrainer:
-    has_gpu = choose_device(run.device).type == "cuda" or bool(run.ray_address and run.device != "cpu")
+    has_gpu = bool(run.ray_address and run.device != "cpu") or choose_device(run.device).type == "cuda"
     return TorchTrainer(
         _work,
         train_loop_config={"job": str(folder / JOB_FILE)},

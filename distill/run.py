@@ -37,6 +37,6 @@ def run(
     source = None if live is None else LiveSource.checked(live, "the live teacher")
     job = Job(cfg=cfg, inputs=dict(inputs), out_dir=out_dir, live=source)
     with hold_lock(out_dir), stop_on_signals() as stop:
-        if cfg.run.processes > 1:
+        if cfg.run.processes > 1 or cfg.run.launcher == "ray":
             return launch(job, progress, stop)
         return distill(job, progress, stop)

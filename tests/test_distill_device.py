@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distill.device import repeatable
+from distill.device import check_gpus, choose_device, repeatable
 from storage.errors import ConfigError
 
 GPU = torch.device("cuda")
@@ -30,3 +30,20 @@ def test_what_cannot_be_repeated_is_said_with_the_setting() -> None:
     assert not torch.are_deterministic_algorithms_enabled()
     with pytest.raises(RuntimeError, match="shapes"), repeatable(GPU, wanted=True):
         torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+def test_a_gpu_that_is_not_there_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"run\.device=cuda .* no GPU"):
+        choose_device("cuda")
+
+
+def test_every_process_needs_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(ConfigError, match=r"8 processes .* has 4; set GPUS=4"):
+        check_gpus("auto", 8)
+    check_gpus("auto", 4)
+    check_gpus("cpu", 8)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    check_gpus("auto", 8)

@@ -165,6 +165,15 @@ def wait_until(is_so: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
+def test_ray_is_asked_for_a_single_process_too(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may find a GPU on another machine."""
+    monkeypatch.setattr("distill.run.launch", lambda job, progress, stop: {"launcher": job.cfg.run.launcher})
+    assert run(with_run(gpus=1, launcher="ray"), inputs, tmp_path / "ray") == {"launcher": "ray"}
+    assert run(with_run(gpus=1), inputs, tmp_path / "here")["processes"] == 1
+
+
 @pytest.mark.ray
 def test_ray_train_starts_them_too(inputs: dict[str, Path], tmp_path: Path) -> None:
     """On a Ray of its own, which is gone afterwards; the student is torchrun's."""
