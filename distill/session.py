@@ -20,7 +20,7 @@ from distill.stream import DistillBatch, DistillStream, Share
 from distill.student import DistillModel, checkpoint_activations, normalise_images
 from distill.trackers import open_trackers
 from distill.transfer import on_device
-from storage.errors import ConfigError
+from storage.errors import ConfigError, DecantError, first_line
 from storage.fingerprint import digest_json
 from storage.image_index import load_index
 from storage.reader import open_store
@@ -35,6 +35,7 @@ def distill(job: Job, progress: Progress, stop: StopRequest) -> dict[str, Any]:
 
     Raises:
         ConfigError: the student does not fit the store.
+        DecantError: nor does the training fit the GPU's memory.
     """
     cfg = job.cfg
     torch.set_num_threads(cfg.run.threads or max(1, (os.cpu_count() or 1) // cfg.run.gpus))
@@ -45,8 +46,14 @@ def distill(job: Job, progress: Progress, stop: StopRequest) -> dict[str, Any]:
                 f"{cfg.run.processes} processes were asked for (distill.run.gpus, nodes), {team.size} were started; "
                 "give GPUS=... and let this program start them"
             )
-        session = prepare(job, team, device, progress)
-        log = train(session.training, progress, stop)
+        try:
+            session = prepare(job, team, device, progress)
+            log = train(session.training, progress, stop)
+        except torch.OutOfMemoryError as error:
+            raise DecantError(
+                f"the memory of {device} does not suffice: {first_line(error)}; set ACCUMULATE="
+                f"{2 * cfg.run.accumulate}, or distill.run.checkpoint_activations=true; what was learnt so far is kept"
+            ) from error
         _save(session, job)
         return _metrics(session, log)
 
@@ -153,7 +160,7 @@ def prepare(job: Job, team: Team, device: torch.device, progress: Progress) -> S
         clip_grad=cfg.optim.clip_grad, seed=cfg.seed, out_dir=job.out_dir, run_digest=run_digest,
         checkpoint_seconds=cfg.run.checkpoint_seconds, team=team,
         trackers=lambda start: open_trackers(
-            cfg.run.trackers, job.out_dir, run=f"{job.out_dir.name}", settings=cfg.to_json(), start=start
+            cfg.run.trackers, job.out_dir, run=job.out_dir.name, settings=cfg.to_json(), start=start
         ),
     )  # fmt: skip
     facts = {

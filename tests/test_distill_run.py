@@ -224,3 +224,14 @@ def test_another_resize_is_mentioned(inputs: dict[str, Path], tmp_path: Path, mo
     run(CFG, inputs, tmp_path / "out", progress)
     assert len(progress.said) == 1
     assert "here it is cykooz-resizer 99.0: the student may see slightly other pixels" in progress.said[0]
+
+
+def test_too_little_memory_is_told_with_the_settings_that_need_less(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+    monkeypatch.setattr("distill.session.train", train)
+    with pytest.raises(DecantError, match=r"2\.00 GiB\.; set ACCUMULATE=4, or distill\.run\.checkpoint_activations"):
+        run(with_run(accumulate=2), inputs, tmp_path / "out")
