@@ -16,7 +16,7 @@ from distill.objective import Objective
 from distill.optim import build_optimizer, learning_rate, set_learning_rate
 from distill.parallel import Team, distribute, join_team, settle
 from distill.state import TrainState, gather
-from distill.stream import DistillBatch, DistillStream, Share
+from distill.stream import DistillBatch, DistillStream, Share, unlike_pixels
 from distill.student import DistillModel, checkpoint_activations, normalise_images
 from distill.trackers import open_trackers
 from distill.transfer import on_device
@@ -88,10 +88,8 @@ def prepare(job: Job, team: Team, device: torch.device, progress: Progress) -> S
         readers, index.location, cfg, cache_dir=index.images.cache_dir, share=share, is_pinned=is_cuda,
         is_live=live is not None,
     )  # fmt: skip
-    if stream.pixels.warning:
-        progress.say(
-            f"warning: {stream.pixels.warning}: the student may see slightly other pixels than the teacher did"
-        )
+    for reason in filter(None, (stream.pixels.warning, *unlike_pixels(readers))):
+        progress.say(f"warning: {reason}: the student may see slightly other pixels than the teacher did")
     if live is not None:
         live.reader.shares_pixels = live.reader.input_px == cfg.student.input_px and not stream.pixels.are_stored
     if len(stream.order) < 2:

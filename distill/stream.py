@@ -214,6 +214,22 @@ def check_same_views(readers: Sequence[FeatureReader]) -> None:
                 )
 
 
+def unlike_pixels(readers: Sequence[FeatureReader]) -> list[str]:
+    """Why further teachers may have seen slightly other pixels of the views than the first did."""
+    first, *others = readers
+    return [
+        f"the views of {other.location} were rendered, or kept as JPEGs, otherwise than those of {first.location}"
+        for other in others
+        if _as_seen(other) != _as_seen(first)
+    ]
+
+
+def _as_seen(reader: FeatureReader) -> tuple[dict[str, Any], bool]:
+    """How a teacher's pixels were made, and whether they had been JPEGs."""
+    stored = reader.plan.stored_views
+    return reader.plan.renderer, stored is not None and stored.seen_by_teacher
+
+
 def pinned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     """Memory that is copied to a GPU while the GPU computes."""
     num_bytes = math.prod(shape) * np.dtype(dtype).itemsize

@@ -14,7 +14,7 @@ from torch import Tensor
 from distill.config import DistillConfig, DistillRunConfig, OptimConfig, OtherStore
 from distill.objective import Objective
 from distill.run import run
-from distill.stream import DistillStream
+from distill.stream import DistillStream, unlike_pixels
 from distill.student import DistillModel, normalise_images
 from distill.student_config import BeitStudent
 from distill.targets import decode_targets
@@ -157,6 +157,15 @@ def test_the_loss_of_several_teachers_is_their_weighted_mean(data: Path, tmp_pat
     assert metrics["first_loss"] == pytest.approx((losses[0] + 3 * losses[1]) / 4, rel=1e-5)
     projectors = safetensors.torch.load_file(tmp_path / "both" / "projector.safetensors")
     assert set(projectors) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+def test_views_that_were_rendered_otherwise_are_told(data: Path, tmp_path: Path) -> None:
+    first, same = (fill(data, tmp_path / name) for name in ("first", "same"))
+    bicubic = fill(data, tmp_path / "bicubic", renderer={"kernel": "bicubic"})
+    kept, jpeg = fill(data, tmp_path / "kept", keep_views=True), fill(data, tmp_path / "jpeg", layout="wds")
+    assert unlike_pixels([first]) == unlike_pixels([first, same]) == unlike_pixels([kept, jpeg]) == []
+    found = unlike_pixels([first, bicubic, jpeg])
+    assert [str(store.location) in line for store, line in zip((bicubic, jpeg), found, strict=True)] == [True, True]
 
 
 def test_stores_of_other_views_are_refused(data: Path, tmp_path: Path) -> None:
