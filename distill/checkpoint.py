@@ -4,6 +4,7 @@ The newest valid one wins; a damaged one is passed over, loudly. Nothing is ever
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -11,8 +12,17 @@ from typing import Any, ClassVar, NamedTuple
 import safetensors.torch
 import torch
 
-from storage.atomic import private_name, publish, remove_tree, write_file, write_private
-from storage.errors import DamagedError
+from storage.atomic import (
+    make_folder,
+    open_regular,
+    private_name,
+    publish,
+    read_regular,
+    remove_tree,
+    write_file,
+    write_private,
+)
+from storage.errors import DamagedError, DiskError
 from storage.fingerprint import digest_bytes, digest_file
 from storage.schema import Sealed
 
@@ -40,12 +50,19 @@ class Checkpoint(NamedTuple):
 def save_checkpoint(
     folder: Path, step: int, tensors: Mapping[str, torch.Tensor], run_digest: str, facts: Mapping[str, Any]
 ) -> None:
-    """Save the state after `step` steps and drop all but the newest two, and what killed writers left."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Save the state after `step` steps and drop all but the newest two, and what killed writers left.
+
+    Raises:
+        DiskError: the folder cannot be written to, or something else is in its place.
+    """
+    make_folder(folder)
     for leftover in folder.glob(".*.partial"):
         leftover.unlink(missing_ok=True)
     data = safetensors.torch.save(dict(tensors))
     path = folder / f"step-{step:08d}.safetensors"
+    for place in (path, path.with_suffix(".json")):
+        if place.is_dir():  # nothing takes the place of a folder
+            remove_tree(place)
     private = private_name(path)
     try:
         write_private(private, data)
@@ -58,8 +75,16 @@ def save_checkpoint(
     kept = [head for head in heads if head.stem <= path.stem][-KEEP:]  # later steps are another run's, or damaged
     for old in heads:
         if old not in kept:
-            old.unlink()
-            old.with_suffix(".safetensors").unlink(missing_ok=True)
+            _remove(old)
+            _remove(old.with_suffix(".safetensors"))
+
+
+def _remove(path: Path) -> None:
+    """Whatever is there: a damaged checkpoint may be anything."""
+    if path.is_dir() and not path.is_symlink():
+        remove_tree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def load_checkpoint(
@@ -73,12 +98,13 @@ def load_checkpoint(
     for head_path in sorted(folder.glob("step-*.json"), reverse=True):
         tensors_path = head_path.with_suffix(".safetensors")
         try:
-            head = CheckpointHead.from_file(head_path, head_path.read_bytes())
+            head = CheckpointHead.from_file(head_path, read_regular(head_path))
+            os.close(open_regular(tensors_path))  # a pipe in its place would be waited for
             if digest_file(tensors_path) != head.tensors_digest:
                 raise DamagedError(f"{tensors_path.name} is not what was saved")
             if head.run_digest == run_digest and at in (None, head.step):
                 return Checkpoint(head.step, head.facts, safetensors.torch.load_file(tensors_path))
-        except (DamagedError, OSError, safetensors.SafetensorError) as error:
+        except (DamagedError, DiskError, OSError, safetensors.SafetensorError) as error:
             say(f"checkpoint {head_path.name} is damaged ({error}); falling back to the one before")
     return None
 

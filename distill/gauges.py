@@ -11,7 +11,7 @@ import torch
 
 from distill.trackers import close_all
 from storage.atomic import write_json
-from storage.errors import DecantError
+from storage.errors import ConfigError
 from storage.pace import Pace
 from storage.stage import Progress
 
@@ -100,7 +100,7 @@ def refuse_non_finite(run: "Training", step: int, keys: Sequence[str], loss: flo
     """Stop before an update that would destroy the weights.
 
     Raises:
-        DecantError: loss or gradient is not finite; the images of this process's batch are listed in a file.
+        ConfigError: loss or gradient is not finite; the images of this process's batch are listed in a file.
     """
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
@@ -109,7 +109,7 @@ def refuse_non_finite(run: "Training", step: int, keys: Sequence[str], loss: flo
     write_json(
         path, {"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "seed": run.seed, "keys": list(keys)}
     )
-    raise DecantError(
+    raise ConfigError(
         f"loss {loss} and gradient norm {grad_norm} at step {step}: stopped before the update; its images "
         f"are listed in {path}; lower optim.base_lr, or look at these images"
     )

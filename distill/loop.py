@@ -82,7 +82,7 @@ def train(run: Training, progress: Progress, stop: StopRequest) -> TrainingLog:
 
     Raises:
         Interrupted: after saving a checkpoint, because a stop was asked for.
-        DecantError: the loss is not finite; the weights were not touched and the batch's keys are on disk.
+        ConfigError: the loss is not finite; the weights were not touched and the batch's keys are on disk.
     """
     model, optimizer, ema = run.state
     forward, team = run.forward or model, run.team

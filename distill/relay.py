@@ -19,14 +19,17 @@ class FileProgress:
     def __init__(self, path: Path) -> None:
         self.file = path.open("a", buffering=1)
         self.pending, self.written = 0, 0.0
+        self.facts: dict[str, object] = {}
 
     def start(self, total: int, unit: str, done: int = 0) -> None:
+        self.written = time.monotonic()  # a first step that arrived together with this would seem to take no time
         self._write({"start": [total, unit, done]})
 
     def advance(self, amount: int, **facts: object) -> None:
         self.pending += amount
+        self.facts = facts
         if time.monotonic() - self.written > _SECONDS:
-            self.flush(facts)
+            self.flush()
 
     def say(self, message: str) -> None:
         self._write({"say": message})
@@ -35,9 +38,9 @@ class FileProgress:
         self.flush()
         self.file.close()
 
-    def flush(self, facts: dict[str, object] | None = None) -> None:
+    def flush(self) -> None:
         if self.pending:
-            self._write({"advance": self.pending, "facts": facts or {}})
+            self._write({"advance": self.pending, "facts": self.facts})
         self.pending, self.written = 0, time.monotonic()
 
     def _write(self, event: dict[str, Any]) -> None:

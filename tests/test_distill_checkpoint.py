@@ -16,7 +16,7 @@ from distill.checkpoint import load_checkpoint, load_weights, remove_checkpoints
 from distill.config import OptimConfig
 from distill.optim import build_optimizer, optimizer_tensors
 from distill.state import TrainState
-from storage.errors import DamagedError
+from storage.errors import DamagedError, DiskError
 
 Fork = Callable[[Callable[[], object]], int]
 FACTS = {"history": [{"step": 1, "loss": 0.1 + 0.2, "lr": 1e-17}], "resumed_at": [3], "seconds": 1.5}
@@ -104,6 +104,33 @@ def test_a_cut_file_is_noticed(suffix: str, cut: int, tmp_path: Path) -> None:
     found, said = load(tmp_path)
     assert found == 3
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+@pytest.mark.parametrize("put", [os.mkdir, os.mkfifo, lambda path: path.symlink_to(path)])
+def test_what_is_no_file_is_passed_over_and_is_in_nobodys_way(
+    put: Callable[[Path], None], suffix: str, tmp_path: Path
+) -> None:
+    for step in (3, 7):
+        State(1).save(tmp_path, step)
+    path = tmp_path / f"step-00000007{suffix}"
+    path.unlink()
+    put(path)
+    found, said = load(tmp_path)
+    assert (found, len(said)) == (3, 1)
+    State(2).save(tmp_path, 5)
+    assert load(tmp_path) == (5, [])
+    put(path)
+    for step in (7, 8, 9):
+        State(2).save(tmp_path, step)
+        assert load(tmp_path) == (step, [])
+    assert len(names(tmp_path)) == 4
+
+
+def test_a_file_in_place_of_the_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(DiskError, match="checkpoints"):
+        State(1).save(tmp_path / "checkpoints", 3)
 
 
 def test_half_a_checkpoint_is_none(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 
 from distill.config import DistillConfig, DistillRunConfig, OptimConfig
+from distill.relay import FileProgress, Follower
 from distill.run import run
 from distill.student_config import BeitStudent
 from storage.errors import ConfigError, DecantError
@@ -62,6 +63,24 @@ class Watch(SilentProgress):
 
     def say(self, message: str) -> None:
         self.said.append(message)
+
+
+def test_reports_come_with_their_facts_and_not_all_at_once(tmp_path: Path) -> None:
+    class Told(SilentProgress):
+        def advance(self, amount: int, **facts: object) -> None:
+            told.append((amount, facts))
+
+    told: list[tuple[int, dict[str, object]]] = []
+    reports, follower = FileProgress(tmp_path / "progress"), Follower(tmp_path / "progress", Told())
+    reports.start(3, "steps")
+    for loss in (3, 2, 1):
+        reports.advance(1, loss=loss)
+    follower.follow()
+    assert not told, "a step that is told of with the start would seem to take no time"
+    reports.close()
+    follower.follow()
+    follower.close()
+    assert told == [(3, {"loss": 1})]
 
 
 def test_torchrun_starts_them_and_all_stop_when_one_is_asked(inputs: dict[str, Path], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from distill.student import DistillModel, normalise_images
 from distill.student_config import BeitStudent
 from extract.config import ExtractConfig
 from extract.run import run as extract
-from storage.errors import ConfigError, DecantError, InputError, StoreBusyError
+from storage.errors import ConfigError, InputError, StoreBusyError
 from storage.image_index import load_index
 from storage.lock import hold_lock
 from storage.reader import open_store
@@ -209,7 +209,7 @@ def test_a_store_that_is_not_there_is_refused(inputs: dict[str, Path], tmp_path:
 
 def test_a_student_that_runs_away_is_stopped_and_its_images_are_listed(inputs: dict[str, Path], tmp_path: Path) -> None:
     optim = OptimConfig(base_lr=1e12, warmup_epochs=0)
-    with pytest.raises(DecantError, match=r"stopped before the update; .*lower optim\.base_lr"):
+    with pytest.raises(ConfigError, match=r"stopped before the update; .*lower optim\.base_lr"):
         run(CFG.model_copy(update={"optim": optim}), inputs, tmp_path / "out")
     (report,) = (tmp_path / "out").glob("non-finite-step-*.json")
     keys = json.loads(report.read_text())["keys"]
