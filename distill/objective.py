@@ -92,12 +92,12 @@ class Objective:
             pred_NC, target_NC, is_cls_N = match_subset(
                 pred_BTC, wanted_BSC, part.positions_BS, features, has_cls=self.has_cls
             )
-            return self._loss(pred_NC, target_NC, is_cls_N)
+            return self._loss(pred_NC, target_NC, self._weights(is_cls_N, pred_BTC.shape[1]))
         wanted_BTC = select_targets(wanted_BSC, features, has_cls=self.has_cls)
         if cfg.target == "cls":
             return self._loss(pred_BTC[:, 0], wanted_BTC[:, 0])
         is_cls_T = torch.arange(wanted_BTC.shape[1], device=wanted_BTC.device) < int(self.has_cls)
-        return self._loss(pred_BTC, wanted_BTC, is_cls_T)
+        return self._loss(pred_BTC, wanted_BTC, self._weights(is_cls_T, pred_BTC.shape[1]))
 
     def _decode(self, encoded: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Whitened tokens, and the teacher's own if they are needed."""
@@ -111,8 +111,13 @@ class Objective:
         tokens_BSC = decode_targets(encoded, self.plan.encoding)
         return Decoded(tokens_BSC, encoded.get("token_mean"), encoded.get("token_std"))
 
-    def _loss(self, pred: Tensor, target: Tensor, is_cls: Tensor | None = None) -> Tensor:
-        weights = None
-        if is_cls is not None and self.cfg.cls_weight != 1:
-            weights = torch.where(is_cls, self.cfg.cls_weight, 1.0)
+    def _weights(self, is_cls: Tensor, num_tokens: int) -> Tensor | None:
+        """Weights of tokens, which are 1 in the mean over all `num_tokens` of a view. A store that keeps some of them
+        keeps each as often, so the mean loss is an unbiased estimate, and that of a batch is the mean of its parts."""
+        if self.cfg.cls_weight == 1 or not self.has_cls:
+            return None
+        mean = (self.cfg.cls_weight + num_tokens - 1) / num_tokens
+        return torch.where(is_cls, self.cfg.cls_weight / mean, 1 / mean)
+
+    def _loss(self, pred: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         return feature_loss(pred, target, kind=self.cfg.loss, beta=self.cfg.beta, weights_N=weights)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.config import DistillConfig, DistillRunConfig, OptimConfig, OtherStore
-from distill.objective import Objective
+from distill.objective import Objective, StorePart
 from distill.run import run
 from distill.stream import DistillStream, unlike_pixels
 from distill.student import DistillModel, normalise_images
@@ -102,14 +102,22 @@ def test_the_cls_token_weighs_what_it_is_told_to(fraction: float, data: Path, tm
     reader = fill(data, tmp_path / "store", token_fraction=fraction)
     objective, part, _ = objective_and_part(reader, data, cls_weight=5.0)
     pred_BTC = random_predictions()
-    total = weight = 0.0
+    total, count = 0.0, 0
     for row, tokens_SC in enumerate(part.encoded["tokens"].float()):
         places = range(PREFIX + GRID) if part.positions_BS is None else part.positions_BS[row].tolist()
         for place, target_C in zip(places, tokens_SC, strict=True):
             token_weight = 5.0 if place == 0 else 1.0
             total += token_weight * float(F.smooth_l1_loss(pred_BTC[row, place], target_C, beta=2.0))
-            weight += token_weight
-    assert float(objective(pred_BTC, part)) == pytest.approx(total / weight, rel=1e-5)
+            count += 1
+    mean_weight = (5.0 * PREFIX + GRID) / (PREFIX + GRID)  # over all tokens, whichever are at hand
+    assert float(objective(pred_BTC, part)) == pytest.approx(total / count / mean_weight, rel=1e-5)
+
+    halves = [
+        objective(pred_BTC[rows], StorePart({name: field[rows] for name, field in part.encoded.items()},
+                                            None if part.positions_BS is None else part.positions_BS[rows]))
+        for rows in (slice(0, 4), slice(4, 8))
+    ]  # fmt: skip
+    assert float(sum(halves)) / 2 == pytest.approx(float(objective(pred_BTC, part)), rel=1e-5), "a batch in parts"
 
 
 @pytest.mark.parametrize("loss", ["cosine", "mse", "smooth_l1"])
