@@ -21,7 +21,7 @@ from distill.student import DistillModel, normalise_images
 from distill.student_config import BeitStudent
 from extract.config import ExtractConfig
 from extract.run import run as extract
-from storage.errors import ConfigError, InputError, StoreBusyError
+from storage.errors import ConfigError, DecantError, InputError, StoreBusyError
 from storage.image_index import load_index
 from storage.lock import hold_lock
 from storage.reader import open_store
