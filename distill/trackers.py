@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from storage.errors import ConfigError
+from storage.atomic import disk_errors, make_folder, read_regular, write_file
+from storage.errors import ConfigError, DamagedError
 
 METRICS_FILE = "metrics.jsonl"
 """One line for each point: `step`, `loss` (mean since the point before), `lr`, `grad_norm`, ..."""
@@ -32,6 +33,7 @@ def open_trackers(
 
     Raises:
         ConfigError: a tracker is not installed.
+        DiskError: the folder cannot be written to, or something else is in a file's place.
     """
     trackers: list[Tracker] = [_JsonLines(out_dir / METRICS_FILE, start)]
     for name in names:
@@ -54,25 +56,26 @@ def close_all(trackers: Iterable[Tracker]) -> None:
 class _JsonLines:
     def __init__(self, path: Path, start: int) -> None:
         kept = [line for line in _whole_lines(path) if line["step"] <= start] if start else []
-        self.file = path.open("w", buffering=1)
-        for line in kept:
-            self._write(line)
+        write_file(path, "".join(map(_as_line, kept)).encode())
+        self.path, self.file = path, path.open("a", buffering=1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._write({"step": step} | dict(values))
-
-    def _write(self, line: Mapping[str, Any]) -> None:
-        self.file.write(json.dumps(line, allow_nan=False) + "\n")
+        with disk_errors(self.path):
+            self.file.write(_as_line({"step": step} | dict(values)))
 
     def close(self) -> None:
         self.file.close()
 
 
+def _as_line(point: Mapping[str, Any]) -> str:
+    return json.dumps(point, allow_nan=False) + "\n"
+
+
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """Its lines as far as they are whole: a kill may have cut the last one."""
+    """Its lines as far as they are whole: a kill may have cut the last one. None of what is no such file."""
     lines = []
-    with contextlib.suppress(OSError, ValueError):
-        for text in path.read_text().splitlines():
+    with contextlib.suppress(DamagedError, OSError, ValueError):
+        for text in read_regular(path).decode().splitlines():
             line = json.loads(text)
             if isinstance(line, dict) and isinstance(line.get("step"), int):
                 lines.append(line)
@@ -83,6 +86,7 @@ class _TensorBoard:
     def __init__(self, out_dir: Path, run: str, settings: Mapping[str, Any], start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        make_folder(out_dir / "tensorboard")
         self.writer = SummaryWriter(str(out_dir / "tensorboard"), purge_step=start + 1 if start else None)  # type: ignore[no-untyped-call]
         self.writer.add_text("settings", f"```\n{json.dumps(settings, indent=1)}\n```", start)  # type: ignore[no-untyped-call]
 

@@ -1,7 +1,9 @@
 """Curves reach a file and the trackers that are asked for; a resumed run goes on with them."""
 
+import contextlib
 import json
 import math
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from distill.config import DistillConfig, DistillRunConfig, OptimConfig
 from distill.run import run
 from distill.student_config import BeitStudent
 from distill.trackers import METRICS_FILE, close_all, open_trackers
-from storage.errors import ConfigError
+from storage.errors import ConfigError, DiskError
 from storage.stage import Interrupted, SilentProgress
 
 ToyStore = Callable[..., tuple[Path, Path]]
@@ -111,3 +113,30 @@ def test_numbers_that_are_not_finite_are_no_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         tracker.log(1, {"loss": math.nan})
     tracker.close()
+
+
+def test_a_pipe_in_place_of_the_curve_is_not_waited_for(tmp_path: Path) -> None:
+    for start in (0, 5):
+        (tmp_path / METRICS_FILE).unlink(missing_ok=True)
+        os.mkfifo(tmp_path / METRICS_FILE)
+        close_all(open_trackers([], tmp_path, run="name", settings={}, start=start))
+        assert (tmp_path / METRICS_FILE).read_bytes() == b""
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_what_is_in_the_way_of_a_curve_is_told(start: int, tmp_path: Path) -> None:
+    (tmp_path / METRICS_FILE).mkdir()
+    with pytest.raises(DiskError, match=r"metrics\.jsonl: Is a directory; move away what is there"):
+        open_trackers([], tmp_path, run="name", settings={}, start=start)
+    (tmp_path / METRICS_FILE).rmdir()
+    (tmp_path / "tensorboard").write_text("")
+    with pytest.raises(DiskError, match="tensorboard: Not a directory"):
+        open_trackers(["tensorboard"], tmp_path, run="name", settings={}, start=start)
+
+
+def test_a_curve_that_finds_no_room_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tracker,) = open_trackers([], tmp_path, run="name", settings={}, start=0)
+    with contextlib.suppress(OSError), Path("/dev/full").open("w", buffering=1) as full:  # its end tries again
+        monkeypatch.setattr(tracker, "file", full)
+        with pytest.raises(DiskError, match=r"metrics\.jsonl: the disk is full"):
+            tracker.log(1, {"loss": 0.5})
