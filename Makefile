@@ -63,7 +63,7 @@ help: ## this list
 	@echo "                      [EXECUTOR=ray|process|inline] [RAY=<address>] [JOIN=1] [RETRY_FAILED=1]"
 	@echo "                      [WORK=runs] [FORCE=1] [SET=\"name=value ...\"]"
 	@echo
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## a virtual environment with everything; the only install step
 	@$(if $(filter setup,$(MAKECMDGOALS)),echo "setup: $(VENV) is up to date",:)
