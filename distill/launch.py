@@ -17,7 +17,7 @@ from distill.device import check_gpus
 from distill.job import JOB_FILE, OUTCOME_FILE, PROGRESS_FILE, STOP_FILE, Job, Outcome
 from distill.parent import PARENT
 from distill.relay import Follower
-from storage.atomic import write_file
+from storage.atomic import remove_file, write_file
 from storage.errors import ConfigError, DecantError
 from storage.stage import Interrupted, Progress, StopRequest
 
@@ -25,6 +25,7 @@ LOG_FILE = "processes.log"
 """What the processes print, in the run's folder."""
 MOST_RESTARTS = 3
 """How often all processes are started again, from the newest checkpoint, because one of them was lost."""
+_FILES = (JOB_FILE, OUTCOME_FILE, PROGRESS_FILE, STOP_FILE)
 _POLL_SECONDS = 0.1
 _LOG_LINES = 15
 
@@ -50,8 +51,6 @@ def launch(job: Job, progress: Progress, stop: StopRequest) -> dict[str, Any]:
     job = job.model_copy(
         update={"out_dir": folder, "inputs": {name: Path(path).absolute() for name, path in job.inputs.items()}}
     )
-    for name in (OUTCOME_FILE, PROGRESS_FILE, STOP_FILE):
-        (folder / name).unlink(missing_ok=True)
     write_file(folder / JOB_FILE, job.model_dump_json().encode())
     follower = Follower(folder / PROGRESS_FILE, progress)
     with closing(follower), _start(job.cfg.run, folder, progress) as processes:
@@ -65,6 +64,16 @@ def launch(job: Job, progress: Progress, stop: StopRequest) -> dict[str, Any]:
     return _read_outcome(folder, f"status {status}; {processes.last_words()}", stop)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what a command left there that was killed while its processes were at work."""
+    _remove(folder, *_FILES, LOG_FILE)
+
+
+def _remove(folder: Path, *names: str) -> None:
+    for name in names:
+        remove_file(folder / name)
+
+
 def _has_failed(folder: Path) -> bool:
     """Whether something was wrong that another attempt would not mend."""
     path = folder / OUTCOME_FILE
@@ -74,8 +83,7 @@ def _has_failed(folder: Path) -> bool:
 def _read_outcome(folder: Path, end: str, stop: StopRequest) -> dict[str, Any]:
     path = folder / OUTCOME_FILE
     outcome = Outcome.from_file(path, path.read_bytes()) if path.exists() else None
-    for name in (JOB_FILE, OUTCOME_FILE, PROGRESS_FILE, STOP_FILE):
-        (folder / name).unlink(missing_ok=True)
+    _remove(folder, *_FILES)
     if outcome is None:
         raise DecantError(f"the training's processes ended with {end}")
     if outcome.error:

@@ -9,7 +9,7 @@ from typing import Any
 
 from distill.config import DistillConfig
 from distill.job import Job
-from distill.launch import launch
+from distill.launch import launch, sweep
 from distill.live import LiveSource
 from distill.session import distill
 from storage.lock import hold_lock
@@ -37,6 +37,7 @@ def run(
     source = None if live is None else LiveSource.checked(live, "the live teacher")
     job = Job(cfg=cfg, inputs=dict(inputs), out_dir=out_dir, live=source)
     with hold_lock(out_dir), stop_on_signals() as stop:
+        sweep(out_dir)
         if cfg.run.processes > 1 or cfg.run.launcher == "ray":
             return launch(job, progress, stop)
         return distill(job, progress, stop)

@@ -177,6 +177,17 @@ def parent_of(process: int) -> int:
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_what_a_killed_command_left_is_neither_believed_nor_kept(
+    gpus: int, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    left = {"job.json": "", "outcome.json": '{"interrupted": true}', "progress.jsonl": "x", "stop": "SIGTERM"}
+    for name, text in (left | {"processes.log": "x"}).items():
+        (tmp_path / name).write_text(text)
+    assert run(with_run(gpus=gpus), inputs, tmp_path)["processes"] == gpus
+    assert not [name for name in (*left, "processes.log") if (tmp_path / name).exists()]
+
+
 def wait_until(is_so: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not is_so():
