@@ -62,7 +62,7 @@ KINDS = (
     Kind(f"online, {EPOCHS} views", EPOCHS, ("--online",)),
     Kind("2 views, fp16", 2, group="bytes"),
     Kind("4 views, int8", 4, ("--encoding", "int8"), "bytes"),
-    Kind("8 views, fp16, 25% of the tokens", 8, ("--set", "extract.token_fraction=0.25"), "bytes"),
+    Kind("8 views, fp16, 25% of the tokens (3 of 9)", 8, ("--set", "extract.token_fraction=0.25"), "bytes"),
 )
 
 
@@ -168,5 +168,7 @@ class Probe:
 
 def row_command(kind: Kind) -> list[str]:
     """What makes a row's students, as a user would give it."""
-    words = " ".join(kind.options).replace("--online", "ONLINE=1").replace("--encoding int8", "ENCODING=int8")
+    words = " ".join(kind.options)
+    for option, variable in (("--online", "ONLINE=1"), ("--encoding ", "ENCODING="), ("--set ", "SET=")):
+        words = words.replace(option, variable)
     return ["make", "distill" if kind.is_online else "extract distill", f"VIEWS={kind.views}", *words.split()]

@@ -42,9 +42,8 @@ def as_markdown(found: Sequence[Found], where: str) -> str:
         ]
         lines.append("|---|---|---|---|---|")
         lines += [_row(each) for each in found if each.group == group]
-    lines += ["", "Each command also has `PRESET=demo DATA=<folder>` and", "", "```"]
-    lines.append('SET="' + " ".join([*SETTINGS, "distill.seed=<0, 1, 2>"]).replace(" distill", "\n     distill") + '"')
-    lines += ["```", ""]
+    lines += ["", "Each command also has `PRESET=demo DATA=<folder>`, and `SET=` with all of", "", "```"]
+    lines += [*SETTINGS, "distill.seed=0 (1, 2)", "```", ""]
     return "\n".join(lines)
 
 
