@@ -23,13 +23,6 @@ class TrainRunConfig(Schema):
     image_cache_mb: int = Field(default=1024, ge=0)
     """Decoded images are kept in memory until they fill this; 0 keeps none."""
     checkpoint_seconds: float = Field(default=300.0, gt=0)
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products (torch's autocast); `auto`: bfloat16 on a GPU that has it, else float32."""
-    compile: bool | None = None
-    """Let torch.compile make the training step: minutes at the start, then faster; None: on a GPU."""
-    deterministic: bool = True
-    """Ask torch for algorithms that give the same bits each time, so that a resumed run ends as an undisturbed one; an
-    error where it has none."""
 
     @property
     def batches_ahead(self) -> int:
@@ -38,8 +31,16 @@ class TrainRunConfig(Schema):
 
 
 class DistillRunConfig(TrainRunConfig):
-    """How to distil: on how many devices, and what is told to whom."""
+    """How to distil: in which precision, on how many devices, and what is told to whom. A network with BatchNorm learns
+    a little otherwise in other parts: it normalises each by itself."""
 
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products (torch's autocast); `auto`: bfloat16 on a GPU that has it, else float32."""
+    compile: bool | None = None
+    """Let torch.compile make the training step: minutes at the start, then faster; None: on a GPU."""
+    deterministic: bool = True
+    """Ask torch for algorithms that give the same bits each time, so that a resumed run ends as an undisturbed one; an
+    error where it has none."""
     gpus: int = Field(default=1, ge=1)
     """Processes on this machine, one a GPU (or, without GPUs, on the CPU)."""
     launcher: Literal["torchrun", "ray"] = "torchrun"

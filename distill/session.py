@@ -11,7 +11,7 @@ from distill.checkpoint import save_weights
 from distill.device import autocast, choose_device, choose_precision, repeatable
 from distill.ema import Ema
 from distill.job import Job
-from distill.loop import Training, TrainingLog, finish, train
+from distill.loop import Training, TrainingLog, train
 from distill.objective import Objective
 from distill.optim import build_optimizer, learning_rate, set_learning_rate
 from distill.parallel import Team, distribute, join_team, settle
@@ -38,7 +38,8 @@ def distill(job: Job, progress: Progress, stop: StopRequest) -> dict[str, Any]:
         DecantError: nor does the training fit the GPU's memory.
     """
     cfg = job.cfg
-    torch.set_num_threads(cfg.run.threads or max(1, (os.cpu_count() or 1) // cfg.run.gpus))
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(cfg.run.threads or max(1, (os.cpu_count() or 1) // processes_here))
     device = choose_device(cfg.run.device)
     with join_team(device) as team, repeatable(device, wanted=cfg.run.deterministic):
         if team.size != cfg.run.processes:
@@ -53,6 +54,12 @@ def distill(job: Job, progress: Progress, stop: StopRequest) -> dict[str, Any]:
             raise DecantError(
                 f"the memory of {device} does not suffice: {first_line(error)}; set ACCUMULATE="
                 f"{2 * cfg.run.accumulate}, or distill.run.checkpoint_activations=true; what was learnt so far is kept"
+            ) from error
+        except Exception as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            raise ConfigError(
+                f"torch.compile cannot make this training step: {first_line(error)}; set distill.run.compile=false"
             ) from error
         _save(session, job)
         return _metrics(session, log)
@@ -172,7 +179,7 @@ def prepare(job: Job, team: Team, device: torch.device, progress: Progress) -> S
 
 
 def _save(session: Session, job: Job) -> None:
-    """Write the weights; then the checkpoints are of no more use."""
+    """Write the weights. The checkpoints stay, for whoever is cut off before the stage has its result."""
     training, model = session.training, session.model
     if training.state.ema is not None:
         training.state.ema.apply()
@@ -180,8 +187,6 @@ def _save(session: Session, job: Job) -> None:
         state = gather(module.state_dict().items(), wanted=training.team.is_first)
         if training.team.is_first:
             save_weights(job.out_dir / f"{name}.safetensors", state, session.facts)
-    if training.team.is_first:
-        finish(training)
 
 
 def _metrics(session: Session, log: TrainingLog) -> dict[str, Any]:

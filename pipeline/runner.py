@@ -13,7 +13,7 @@ from pipeline import provenance
 from pipeline.planning import Plan, StagePlan
 from pipeline.stages import needs
 from pipeline.workspace import again_folder, digest_outputs, exchange, read_result, sweep_private, write_state
-from storage.atomic import remove_file, write_json
+from storage.atomic import remove_file, remove_tree, write_json
 from storage.errors import ConfigError, DecantError, StoreBusyError
 from storage.image_index import ImageIndex, require_labels
 from storage.lock import hold_lock
@@ -143,6 +143,8 @@ def _execute(plan: Plan, items: Sequence[StagePlan], progress: Progress, *, retr
             write_json(folder / "result.json", _result(item, folder, outcome, seconds).to_json())
             for name in ("state.json", "traceback.txt"):  # of a run that failed before
                 remove_file(folder / name)
+            for name in item.stage.scratch:
+                remove_tree(folder / name)
             if item.is_again:
                 exchange(item.folder)
     if failures:

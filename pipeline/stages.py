@@ -39,6 +39,8 @@ class Stage(NamedTuple):
     """The teacher that works inside the stage, where one does."""
     outputs: tuple[str, ...] = ()
     """Files whose digests go into the result, so that damage is noticed before they are used. A store has receipts."""
+    scratch: tuple[str, ...] = ()
+    """Folders in which the stage keeps what it would go on from; of no use once the result is there."""
 
 
 def _whitening_from(cfg: ExtractConfig) -> dict[str, str]:
@@ -99,6 +101,7 @@ STAGES: dict[str, Stage] = {
             needs=("extract",), data=None, folder="students", label=_student_label,
             has_needs=lambda c: c.distill.store is None and not c.distill.online, elsewhere=_learnt_from,
             teacher=lambda c: c.online_teacher, outputs=("student.safetensors", "projector.safetensors"),
+            scratch=("checkpoints",),
         ),
         Stage(
             name="finetune", command="finetune", module="finetune.run", version=3, config=lambda c: c.finetune,

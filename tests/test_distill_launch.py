@@ -123,7 +123,7 @@ def test_a_process_that_is_killed_costs_nothing_but_time(inputs: dict[str, Path]
     assert 1 <= resumed <= 64
     assert f"resuming at step {resumed} of 64" in watch.said
     assert {path.name for path in (tmp_path / "two").iterdir()} == {
-        "student.safetensors", "projector.safetensors", "metrics.jsonl", "tensorboard", "LOCK",
+        "student.safetensors", "projector.safetensors", "metrics.jsonl", "tensorboard", "checkpoints", "LOCK",
     }  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 65)), "every step once"

@@ -196,3 +196,14 @@ def test_blocks_are_found_in_networks_of_all_kinds() -> None:
     for name, count in [("vit_tiny_patch16_224", 12), ("swin_tiny_patch4_window7_224", 12), ("convnext_atto", 12)]:
         assert len(blocks_of(timm.create_model(name, pretrained=False))) == count
     assert ALONE.total(torch.ones(2)).tolist() == [1, 1]
+
+
+def test_the_statistics_of_normalisation_have_a_running_mean_too() -> None:
+    model = nn.BatchNorm1d(3)
+    ema = Ema(model, 0.5)
+    model.running_mean = torch.full((3,), 8.0)
+    ema.update()
+    ema.apply()
+    assert model.running_mean is not None
+    assert model.running_mean.tolist() == [4, 4, 4]
+    assert set(ema.mean) == {"weight", "bias", "running_mean", "running_var"}, "no counter of batches"

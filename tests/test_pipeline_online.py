@@ -74,6 +74,27 @@ def test_targets_of_the_teachers_own_tokens_are_those_of_a_store(
     assert losses(stored) == pytest.approx(losses(online), rel=1e-3)
 
 
+def test_checkpoints_stay_until_there_is_a_result(
+    decant: Decant, make_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that is cut off after the last step goes on there."""
+    work = ("--work", tmp_path / "runs")
+    settings = ("--preset", "smoke", "--data", make_images(), "--set", "distill.run.checkpoint_seconds=1e-9")
+    assert decant("extract", *settings, *work).code == 0
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.runner.digest_outputs", stop)
+        assert decant("distill", *work).code == 130
+    [kept] = (tmp_path / "runs" / "students").glob("*/checkpoints")
+    assert decant("distill", *work).code == 0
+    assert not kept.exists()
+    [result] = students(tmp_path / "runs")
+    assert result.metrics["resumed_at"] == [result.metrics["steps"]]
+
+
 def test_a_whole_run_may_be_online(decant: Decant, make_images: MakeImages, tmp_path: Path) -> None:
     work = ("--work", tmp_path / "runs")
     outcome = decant("run", "--preset", "smoke", "--data", make_images(), "--online", *work)
