@@ -129,7 +129,7 @@ teachers:
 	$(PIPELINE) $@
 
 test: setup ## the tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: setup ## format, lint and types
 	@$(BIN)/ruff format --check .

@@ -220,7 +220,7 @@ def test_identities_do_not_change_between_releases(image_list: Any, store_plan: 
 def test_exit_codes() -> None:
     codes = {name: kind.exit_code for name, kind in vars(errors).items() if hasattr(kind, "exit_code")}
     assert codes == {
-        "DecantError": 1, "ConfigError": 2, "InputError": 2, "DiskError": 2, "BadTokensError": 2,
+        "DecantError": 1, "ConfigError": 2, "InputError": 2, "DiskError": 2, "BadTokensError": 2, "OwnTeacherError": 2,
         "QuarantineError": 3, "StoreBusyError": 4,
         "DamagedError": 6,
     }  # fmt: skip
