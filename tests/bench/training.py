@@ -158,8 +158,8 @@ def fed_steps(pair: Pair, sources: tuple[Source, ...], folder: Path) -> Section:
     method = (
         f"{pair.name}, float32 on {cores()} cores, batches of {pair.batch_size}, the training loop itself for "
         f"{pair.steps} steps a round with 2 loader threads and no image kept decoded; photographs of 500 x 375; wall "
-        f"seconds, best of {pair.rounds} rounds that take turns (each source keeps up to 4 batches made ahead, also while "
-        "others have their turn)"
+        f"seconds, best of {pair.rounds} rounds that take turns (each source keeps up to 4 batches made ahead, also "
+        "while others have their turn)"
     )
     return Section(f"Distillation, {pair.name}", method, tuple(rows))
 
