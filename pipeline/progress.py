@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from storage.pace import Pace
 from storage.stage import Progress as ProgressContract
@@ -23,10 +24,12 @@ class _Bar:
 
     def __init__(self, name: str, console: Console) -> None:
         self.name, self.console = name, console
+        whole = Column(no_wrap=True)  # on a narrow terminal the facts give way, not the count
         self.bar = Progress(
-            TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[facts]}"), TimeElapsedColumn(),
-            TextColumn("eta {task.fields[eta]}"), console=console,
+            TextColumn("[bold]{task.description}", table_column=whole), BarColumn(bar_width=12),
+            MofNCompleteColumn(table_column=whole), TextColumn("{task.fields[rate]}", table_column=whole),
+            TextColumn("{task.fields[facts]}", table_column=Column()), TimeElapsedColumn(table_column=whole),
+            TextColumn("eta {task.fields[eta]}", table_column=whole), console=console,
         )  # fmt: skip
         self.task = self.bar.add_task(name, total=None, rate="", facts="", eta="-")
         self.unit, self.pace = "", Pace()
