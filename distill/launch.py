@@ -170,4 +170,6 @@ class _Torchrun(NamedTuple):
 
     def last_words(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+        if not lines:
+            return "killed from outside, perhaps for want of memory"
         return "\n".join([f"the end of {self.log}:", *lines])

@@ -102,6 +102,12 @@ def prepare(job: Job, team: Team, device: torch.device, progress: Progress) -> S
     if len(stream.order) < 2:
         raise ConfigError(f"the store {first.location} has {len(stream.order)} usable images; two are needed")
 
+    if cfg.batch_size > len(stream.order):
+        progress.say(
+            f"warning: a step of {cfg.batch_size:,} images is more than an epoch of {len(stream.order):,}; lower "
+            "distill.batch_size"
+        )
+
     # ---- model -------------------------------------------------------------------------------------------------------
     torch.manual_seed(cfg.seed)
     teachers = [reader.plan.features for reader in readers]
