@@ -11,10 +11,12 @@ import os
 import pickle
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 from extract.config import ExecutionConfig, sharers_of_a_gpu
@@ -85,8 +87,7 @@ class ProcessPool:
             target=_serve, args=(theirs, self._make_work, gpus), name=f"decant-worker-{number}", daemon=True
         )
         try:
-            _ensure_server()
-            process.start()
+            _begin(process)
         except (EOFError, OSError) as error:
             ours.close()
             self._free_gpus.append(gpus)
@@ -130,6 +131,20 @@ class ProcessPool:
         found.process.join(_PATIENCE_SECONDS)  # one that waits for a dead disk cannot be ended
         found.pipe.close()
         self._free_gpus.append(found.gpus)
+
+
+def _begin(process: BaseProcess) -> None:
+    """Start a process. A server that was killed a moment ago may still count as alive, and answers nobody: then nothing
+    was begun, and it is tried again."""
+    for pause_seconds in (0.1, 0.5, 2.0, None):
+        _ensure_server()
+        try:
+            process.start()
+            return
+        except ConnectionRefusedError:
+            if pause_seconds is None:
+                raise
+            time.sleep(pause_seconds)
 
 
 def _ensure_server() -> None:
