@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -61,7 +61,7 @@ def launch(job: Job, progress: Progress, stop: StopRequest) -> dict[str, Any]:
                 write_file(folder / STOP_FILE, stop.signal_name.encode())
         status = processes.poll()
         follower.follow()
-    return _read_outcome(folder, f"status {status}; {processes.last_words()}", stop)
+    return _take_metrics(folder, f"status {status}; {processes.last_words()}", stop)
 
 
 def sweep(folder: Path) -> None:
@@ -74,15 +74,21 @@ def _remove(folder: Path, *names: str) -> None:
         remove_file(folder / name)
 
 
+def _read_outcome(folder: Path) -> Outcome | None:
+    """None as long as no process has said how it ended."""
+    path = folder / OUTCOME_FILE
+    return Outcome.from_file(path, path.read_bytes()) if path.exists() else None
+
+
 def _has_failed(folder: Path) -> bool:
     """Whether something was wrong that another attempt would not mend."""
-    path = folder / OUTCOME_FILE
-    return path.exists() and bool(Outcome.from_file(path, path.read_bytes()).error)
+    outcome = _read_outcome(folder)
+    return outcome is not None and bool(outcome.error)
 
 
-def _read_outcome(folder: Path, end: str, stop: StopRequest) -> dict[str, Any]:
-    path = folder / OUTCOME_FILE
-    outcome = Outcome.from_file(path, path.read_bytes()) if path.exists() else None
+def _take_metrics(folder: Path, end: str, stop: StopRequest) -> dict[str, Any]:
+    """Those of the outcome, or its error; the files between the processes are gone then."""
+    outcome = _read_outcome(folder)
     _remove(folder, *_FILES)
     if outcome is None:
         raise DecantError(f"the training's processes ended with {end}")
@@ -92,18 +98,15 @@ def _read_outcome(folder: Path, end: str, stop: StopRequest) -> dict[str, Any]:
         raise error
     if outcome.interrupted or outcome.metrics is None:
         raise Interrupted(stop.signal_name)
-    (folder / LOG_FILE).unlink(missing_ok=True)
+    _remove(folder, LOG_FILE)
     return outcome.metrics
 
 
-@contextmanager
-def _start(run: DistillRunConfig, folder: Path, progress: Progress) -> Iterator[Processes]:
+def _start(run: DistillRunConfig, folder: Path, progress: Progress) -> AbstractContextManager[Processes]:
     if run.launcher == "ray":
-        with _ray_launcher().start(run, folder) as processes:
-            yield processes
-        return
-    with _torchrun(run, folder, progress) as process:
-        yield process
+        ours: AbstractContextManager[Processes] = _ray_launcher().start(run, folder)
+        return ours
+    return _torchrun(run, folder, progress)
 
 
 def _ray_launcher() -> Any:

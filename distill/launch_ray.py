@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.exceptions
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 

@@ -50,7 +50,7 @@ def test_images_are_counted_until_there_are_no_more(
     cfg = CFG.model_copy(update=changes)
     found = run_trial([Target(cfg, tmp_path / "runs" / "store")], images, seconds=60)
     assert found.images == 16
-    assert 1 <= found.workers <= max(1, cfg.run.workers), "under load one may be done before the other is up"
+    assert found.workers == max(1, cfg.run.workers)
     assert 0 < found.seconds < 60 and found.start_seconds > 0
     assert found.images_per_second == 16 / found.seconds
     assert found.batch_sizes == (4,)
